@@ -1,0 +1,171 @@
+//! A value that readers see through a pin while one writer replaces it.
+//!
+//! Owns [`Published`]: two buffers and the index of the live one. Readers borrow the live buffer for
+//! as long as their pin; the writer changes the other one, publishes it and waits for a grace period
+//! before it may touch the buffer that was live. No allocation happens at publication.
+//!
+//! UNSAFETY: this file, `frame/raw.rs` and `frame/arena.rs` are the only ones that use `unsafe`. Here
+//! it is the shared borrow of a buffer that a writer will borrow mutably later; the epoch keeps the two apart.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use super::{EpochDomain, EpochGuard, Participant};
+use crate::addr::to_index;
+use crate::sync::{AtomicU64, Ordering};
+
+#[cfg(not(loom))]
+use core::cell::UnsafeCell;
+#[cfg(loom)]
+use loom::cell::UnsafeCell;
+
+/// Double-buffered value: see the file's head.
+pub struct Published<T> {
+    domain: Arc<EpochDomain>,
+    buffers: [UnsafeCell<T>; 2],
+    /// 0 or 1: the buffer that readers borrow.
+    live: AtomicU64,
+}
+
+// SAFETY: readers on any thread get `&T` (needs `T: Sync`); the one writer, on any thread, gets
+// `&mut T` of the buffer that no reader holds (needs `T: Send`). See `read` and `Writer::spare`.
+unsafe impl<T: Send + Sync> Sync for Published<T> {}
+
+impl<T> Published<T> {
+    /// Publish `live`; `spare` is what the writer finds in the other buffer.
+    ///
+    /// The second value is the only writer there will ever be.
+    #[must_use]
+    pub fn new(domain: Arc<EpochDomain>, live: T, spare: T) -> (Arc<Self>, Writer<T>) {
+        let buffers = [UnsafeCell::new(live), UnsafeCell::new(spare)];
+        let shared = Arc::new(Self { domain, buffers, live: AtomicU64::new(0) });
+        (Arc::clone(&shared), Writer { shared })
+    }
+
+    /// Borrow the live value for as long as the section stays open.
+    ///
+    /// # Panics
+    /// When `guard` belongs to another domain: its section would keep nobody from reusing the
+    /// buffer.
+    #[inline]
+    pub fn read<'g>(&'g self, guard: &'g EpochGuard<'_>) -> &'g T {
+        assert!(
+            core::ptr::eq(Arc::as_ptr(&self.domain), Arc::as_ptr(guard.participant().domain())),
+            "pinned in another domain"
+        );
+        // ORDERING[publish-index]: Acquire. Pairs with the Release in `Writer::publish`: the
+        // buffer's content is complete.
+        let index = to_index(self.live.load(Ordering::Acquire)) & 1;
+        #[expect(clippy::indexing_slicing, reason = "masked to 0 or 1")]
+        let cell = &self.buffers[index];
+        let pointer = pointer_to(cell);
+        // SAFETY: shared borrow of a live buffer.
+        //   - valid: the buffer is a field of `self`, which outlives `'g`.
+        //   - no `&mut`: `Writer::spare` borrows only the buffer that is not live, and
+        //     `Writer::publish` waits, after this one stops being live, until every section that
+        //     was open then has ended. `guard` keeps ours open for all of `'g`, and the assertion
+        //     above says that the wait covers it.
+        unsafe { &*pointer }
+    }
+}
+
+/// The cell's pointer. Under loom this goes through its tracked access, which reports a racing
+/// writer at the moment of the call.
+#[inline]
+fn pointer_to<T>(cell: &UnsafeCell<T>) -> *const T {
+    #[cfg(not(loom))]
+    return cell.get();
+    #[cfg(loom)]
+    return cell.with(|pointer| pointer);
+}
+
+impl<T> fmt::Debug for Published<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Published").finish_non_exhaustive()
+    }
+}
+
+/// The only writer of a [`Published`].
+///
+/// Having a `Writer` tells you: nobody else changes the value, and the spare buffer has no reader.
+pub struct Writer<T> {
+    shared: Arc<Published<T>>,
+}
+
+impl<T> Writer<T> {
+    /// The live value, which only this writer can replace.
+    #[must_use]
+    pub fn live(&self) -> &T {
+        // ORDERING[publish-index]: Relaxed. Only this writer changes it.
+        let index = to_index(self.shared.live.load(Ordering::Relaxed)) & 1;
+        #[expect(clippy::indexing_slicing, reason = "masked to 0 or 1")]
+        let pointer = pointer_to(&self.shared.buffers[index]);
+        // SAFETY: shared borrow of the live buffer for the borrow of `self`; only `spare` and
+        // `publish` make `&mut`s or change which buffer is live, and they need `&mut self`.
+        unsafe { &*pointer }
+    }
+
+    /// The buffer that readers do not see, to be made into the next value.
+    pub fn spare(&mut self) -> &mut T {
+        self.both().1
+    }
+
+    /// The live value and the spare buffer at once.
+    pub fn both(&mut self) -> (&T, &mut T) {
+        // ORDERING[publish-index]: Relaxed. Only this writer changes it.
+        let index = to_index(self.shared.live.load(Ordering::Relaxed)) & 1;
+        #[expect(clippy::indexing_slicing, reason = "0 or 1")]
+        let cell = &self.shared.buffers[1 - index];
+        #[cfg(not(loom))]
+        let pointer = cell.get();
+        #[cfg(loom)]
+        let pointer = cell.with_mut(|pointer| pointer);
+        // SAFETY: exclusive borrow of the buffer that is not live.
+        //   - no reader: it was live last before the latest `publish`, which returned only after
+        //     every section that could have borrowed it had ended; later readers see the other.
+        //   - no other `&mut`: this is the only writer, borrowed mutably.
+        let spare = unsafe { &mut *pointer };
+        #[expect(clippy::indexing_slicing, reason = "masked to 0 or 1")]
+        let live = pointer_to(&self.shared.buffers[index]);
+        // SAFETY: as in `live`; it is the other element of the array, so the two do not overlap.
+        (unsafe { &*live }, spare)
+    }
+
+    /// Make the spare buffer live and wait until nobody reads the former one.
+    ///
+    /// # Panics
+    /// When `participant` belongs to another domain.
+    pub fn publish(&mut self, participant: &mut Participant) {
+        self.publish_at(participant, |swap| swap());
+    }
+
+    /// The same, with `moment` choosing when the swap happens: it must call what it is given.
+    ///
+    /// # Panics
+    /// As [`publish`](Self::publish).
+    pub fn publish_at(
+        &mut self,
+        participant: &mut Participant,
+        moment: impl FnOnce(&mut dyn FnMut()),
+    ) {
+        assert!(
+            core::ptr::eq(Arc::as_ptr(&self.shared.domain), Arc::as_ptr(participant.domain())),
+            "participant of another domain"
+        );
+        // ORDERING[publish-index]: Relaxed. Only this writer changes it.
+        let index = self.shared.live.load(Ordering::Relaxed);
+        moment(&mut || {
+            // ORDERING[publish-index]: Release. Pairs with the Acquire in `Published::read`.
+            // Publishes: everything written through `spare`.
+            self.shared.live.store(1 - (index & 1), Ordering::Release);
+        });
+        #[cfg(not(busted = "publish_without_grace"))]
+        participant.synchronize();
+    }
+}
+
+impl<T> fmt::Debug for Writer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Writer").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,133 @@
+//! Predicates over every value of the flags.
+
+use super::*;
+use model::{Rules, is};
+
+struct Permits;
+
+impl ForFormat for Permits {
+    /// `permits` and `access` say the same, bit by bit.
+    fn run<F: Rules>(&mut self) {
+        let config = config::<F>(F::baseline());
+        for counter in 0..1u64 << F::flags().len() {
+            let spte = Spte::from_raw(scatter(counter, F::flags()) | 0x5000);
+            let access = config.access(spte);
+            let present = config.is_hw_present(spte);
+            for needed in [Access::READ, Access::WRITE, Access::USER, Access::EXEC, access] {
+                let want = present && access.contains(needed);
+                assert_eq!(config.permits(spte, needed), want, "{spte:?} {needed:?}");
+            }
+            assert!(!present || is(spte.raw(), 11));
+        }
+    }
+}
+
+#[test]
+fn permits_agrees_with_access() {
+    each_format(&mut Permits);
+}
+
+struct Made;
+
+impl ForFormat for Made {
+    /// A leaf permits what it was asked to permit, as far as the format can say it.
+    fn run<F: Rules>(&mut self) {
+        for config in variants::<F>() {
+            let caps = config.capabilities();
+            for spec in all_specs(Pfn::new(3), Level::L1).filter(|spec| spec.accessed) {
+                let leaf = config.leaf(&spec);
+                let asked = spec.access;
+                let read = asked.contains(Access::READ);
+                if F::NAME != "EPT" && !read {
+                    assert_eq!(config.access(leaf), Access::empty());
+                    continue;
+                }
+                let mut want = asked & Access::READ;
+                let fetch = read || caps.exec_only;
+                if asked.contains(Access::EXEC) && fetch || F::NAME != "EPT" && !caps.nx {
+                    want |= Access::EXEC;
+                }
+                let write = spec.host_writable && spec.map_writable && spec.mmu_writable;
+                if asked.contains(Access::WRITE) && read && write {
+                    want |= Access::WRITE;
+                }
+                let user = match F::NAME {
+                    "legacy" => asked.contains(Access::USER),
+                    "EPT" if caps.mode_based_exec => asked.contains(Access::USER) && fetch,
+                    "EPT" => !want.is_empty(),
+                    _ => true,
+                };
+                if user {
+                    want |= Access::USER;
+                }
+                assert_eq!(config.access(leaf), want, "{} {caps:?} {spec:?}", F::NAME);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_leaf_permits_what_was_asked_and_no_more() {
+    each_format(&mut Made);
+}
+
+#[test]
+fn with_mode_based_execute_user_fetches_have_their_own_bit() {
+    let config = config::<Ept>(Capabilities { mode_based_exec: true, ..Capabilities::ept() });
+    let with = |access| config.leaf(&LeafSpec { access, ..LeafSpec::new(Pfn::new(1), Level::L1) });
+    let user = with(Access::READ | Access::USER);
+    let supervisor = with(Access::READ | Access::EXEC);
+    assert!(config.permits(user, Access::USER | Access::EXEC));
+    assert!(!config.permits(user, Access::EXEC));
+    assert!(config.permits(supervisor, Access::EXEC));
+    assert!(!config.permits(supervisor, Access::USER | Access::EXEC));
+    // Reads of user mode need no bit of their own.
+    assert!(config.permits(supervisor, Access::USER | Access::READ));
+    // An entry with bit 10 alone is present to hardware (KVM row 1.17).
+    let alone = Spte::from_raw(1 << 63 | 1 << 11 | 1 << 10);
+    assert!(config.is_hw_present(alone));
+}
+
+/// KVM row 1.10: exactly four combinations of host-writable, MMU-writable and W.
+#[test]
+fn four_of_eight_writable_combinations_are_legal() {
+    let config = config::<Npt>(Capabilities::npt());
+    let legal: Vec<u64> = (0..8u64)
+        .filter(|n| {
+            let raw = (n >> 2) << 9 | ((n >> 1) & 1) << 10 | (n & 1) << 1;
+            config.writable_invariants_hold(Spte::from_raw(raw))
+        })
+        .collect();
+    assert_eq!(legal, [0b000, 0b100, 0b110, 0b111]);
+}
+
+/// KVM row 1.11, as a table: (W, MMU-writable, D, A, A/D disabled) -> atomic?
+#[test]
+fn volatile_entries_need_an_atomic_update() {
+    for bits in 0..32u64 {
+        let [w, mmu, d, a, soft] = [0, 1, 2, 3, 4].map(|place| (bits >> place) & 1);
+        let raw = 1 | 1 << 11 | w << 1 | mmu << 10 | d << 6 | a << 5 | soft << 60;
+        let want = (w == 0 && mmu == 1) || soft == 1 || (w == 1 && d == 0);
+        let config = config::<Legacy>(Capabilities::legacy());
+        let spte = Spte::from_raw(raw);
+        assert_eq!(config.needs_atomic_update(spte, Level::L1), want, "{bits:#b}");
+        // Links and holes have nothing to lose.
+        assert!(!config.needs_atomic_update(spte, Level::L2));
+        assert!(!config.needs_atomic_update(spte.without(1 << 11), Level::L1));
+        assert_eq!(config.needs_atomic_update(spte.with(1 << 7), Level::L2), want);
+    }
+}
+
+/// KVM row 1.12: MMU-writable 1 -> 0, whatever W was.
+#[test]
+fn losing_mmu_writable_owes_a_flush_even_without_w() {
+    let config = config::<Ept>(Capabilities::ept());
+    let leaf = config.leaf(&LeafSpec::new(Pfn::new(1), Level::L1));
+    let logged = leaf.without(1 << 1);
+    let protected = logged.without(1 << 55);
+    assert!(config.leaf_flush_needed(leaf, protected));
+    assert!(config.leaf_flush_needed(logged, protected));
+    assert!(!config.leaf_flush_needed(leaf, logged));
+    assert!(!config.leaf_flush_needed(protected, leaf));
+    assert!(!config.leaf_flush_needed(leaf, config.age(leaf)));
+}

@@ -1,0 +1,191 @@
+//! Aging without a lock: read and clear accessed bits, a table at a time.
+//!
+//! Implements [`AgeRange`] for [`TdpMmu`] (KVM rows 5.1 to 5.9, 5.13). Only an epoch is pinned, for at
+//! most [`SLICE_ENTRIES`](crate::zap::SLICE_ENTRIES) entries at a time, so aging never waits for the
+//! MMU lock and holds nobody up. Each clearing is one compare-exchange without retry: a lost one means
+//! that the entry is in use or going away, and counts as young (race table R1 to R13).
+
+use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::flush::{FlushDebt, FlushScope};
+use mmu_core::frame::PhysMap;
+use mmu_core::frame::raw::prefetch;
+use mmu_core::spte::cell::SpteCell;
+use mmu_core::spte::{Spte, SpteFormat};
+use mmu_core::stats::Counter;
+use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, Host, MASK_WORDS};
+use mmu_core::vm::Actor;
+
+use crate::change::Change;
+use crate::iter::{Cursor, LeafTable, Step, TdpIter};
+use crate::mmu::TdpMmu;
+use crate::root::RootFilter;
+use crate::zap::SLICE_ENTRIES;
+
+impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
+    type Reader = Actor<H>;
+
+    /// Every valid root is looked at. With more than one (address spaces), a table's gfns may be
+    /// reported once per root.
+    fn age<S: AgeSink>(
+        &self,
+        reader: &mut Actor<H>,
+        request: AgeRequest,
+        sink: &mut S,
+    ) -> AgeReport {
+        let mut total = AgeReport::empty(request.range.end);
+        let mut debt = FlushDebt::new();
+        let mut range = request.range;
+        let mut first = true;
+        for index in 0..self.roots().capacity() {
+            // The budget bounds the first root; the others catch up with it.
+            let budget = if first { request.budget } else { u64::MAX };
+            let job = Job { range, mode: request.mode, budget };
+            let Some(report) = self.age_root(reader, index, job, sink, &mut debt) else {
+                continue;
+            };
+            let next = if first { report.next } else { total.next };
+            total = total.merge(report);
+            total.next = next;
+            range.end = range.end.min(next);
+            first = false;
+        }
+        reader.stats().add(Counter::LeavesAged, total.young);
+        if debt.is_empty() {
+            drop(debt);
+        } else {
+            reader.pay(debt, FlushScope::Ranges);
+        }
+        total
+    }
+}
+
+/// What to do to one root.
+#[derive(Clone, Copy)]
+struct Job {
+    range: GfnRange,
+    mode: AgeMode,
+    budget: u64,
+}
+
+impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
+    /// Age one root's part of the range, in sections. `None` when there is no such root.
+    fn age_root<S: AgeSink>(
+        &self,
+        reader: &mut Actor<H>,
+        index: usize,
+        job: Job,
+        sink: &mut S,
+        debt: &mut FlushDebt,
+    ) -> Option<AgeReport> {
+        let mut cursor = Cursor::new(job.range, Level::L2);
+        let mut report: Option<AgeReport> = None;
+        loop {
+            let work = reader.pinned();
+            let Some(root) = self.roots().get(index, RootFilter::Valid) else { return report };
+            let pool = work.vm.pool();
+            let change = Change { config: self.config(), stats: work.stats };
+            let iter = TdpIter::resume(pool, &work.section, root.frame, root.role.level(), cursor);
+            let done = report.get_or_insert(AgeReport::empty(job.range.end));
+            let mut slice = Slice { change, job, sink, debt, report: done };
+            match slice.run(iter) {
+                Some(next) if slice.report.entries < job.budget => cursor = next,
+                Some(next) => {
+                    done.next = next.next();
+                    return report;
+                }
+                None => return report,
+            }
+        }
+    }
+}
+
+/// One section's worth of aging.
+struct Slice<'a, F: SpteFormat, S: AgeSink> {
+    change: Change<'a, F>,
+    job: Job,
+    sink: &'a mut S,
+    debt: &'a mut FlushDebt,
+    report: &'a mut AgeReport,
+}
+
+impl<F: SpteFormat, S: AgeSink> Slice<'_, F, S> {
+    /// Age until the walk ends (`None`) or the section has lasted long enough.
+    fn run<P: PhysMap>(&mut self, mut iter: TdpIter<'_, P>) -> Option<Cursor> {
+        let mut visited = 0;
+        while let Some(step) = iter.next() {
+            if visited >= SLICE_ENTRIES {
+                match iter.suspend() {
+                    Ok(cursor) => return Some(cursor),
+                    Err(same) => iter = same,
+                }
+            }
+            visited += 1;
+            self.report.entries += 1;
+            if let Some(table) = iter.leaf_table(&step, self.job.range) {
+                visited += table.count;
+                self.table(&table);
+            } else if step.spte.is_leaf(step.level) {
+                self.huge(&step);
+            }
+        }
+        None
+    }
+
+    fn huge(&mut self, step: &Step<'_>) {
+        let young = self.change.config.is_accessed(step.spte);
+        let pages = step.range().intersection(self.job.range).len();
+        self.report.mapped += pages;
+        if young {
+            self.report.young += pages;
+            self.clear(step.cell, step.spte, step.gfn, step.level);
+        }
+        self.sink.huge(step.gfn, step.level, young);
+    }
+
+    /// The loop that aging lives from: one load per entry, a write only where the bit is set.
+    fn table(&mut self, table: &LeafTable<'_>) {
+        let wanted = Spte::MMU_PRESENT | F::ACCESSED;
+        let mut present = [0u64; MASK_WORDS];
+        let mut young = [0u64; MASK_WORDS];
+        self.report.entries += mmu_core::addr::to_u64(table.count);
+        for (index, cell) in table.cells().iter().enumerate() {
+            let spte = cell.peek();
+            let bit = table.first + index;
+            let raw = spte.raw();
+            let is_young = raw & wanted == wanted;
+            if let (Some(p), Some(y)) = (present.get_mut(bit / 64), young.get_mut(bit / 64)) {
+                *p |= u64::from(raw & Spte::MMU_PRESENT != 0) << (bit % 64);
+                *y |= u64::from(is_young) << (bit % 64);
+            }
+            if is_young {
+                let gfn = table.base.saturating_add(mmu_core::addr::to_u64(bit));
+                self.clear(cell, spte, gfn, Level::L1);
+            }
+        }
+        self.report.mapped += ones(&present);
+        self.report.young += ones(&young);
+        self.sink.table(table.base, &present, &young);
+    }
+
+    fn clear(&mut self, cell: &SpteCell, old: Spte, gfn: Gfn, level: Level) {
+        if self.job.mode == AgeMode::Test {
+            return;
+        }
+        if !self.change.age(cell, old, level) {
+            self.report.lost += 1;
+        }
+        if self.job.mode == AgeMode::ClearFlush {
+            self.change.owe(self.debt, GfnRange::from_len(gfn, level.pages()));
+        }
+    }
+}
+
+fn ones(mask: &[u64; MASK_WORDS]) -> u64 {
+    mask.iter().map(|word| u64::from(word.count_ones())).sum()
+}
+
+/// Kept near the loop it serves: fetch the first lines of a table that will be scanned next.
+#[expect(dead_code, reason = "used once the benchmark shows what it buys")]
+fn fetch_ahead(table: &mmu_core::frame::PageTable) {
+    prefetch(table, 0);
+}

@@ -1,0 +1,182 @@
+//! The one funnel: every store to an entry of a TDP tree goes through here.
+//!
+//! Owns [`Change`]: what a thread needs to change entries (configuration, its statistics) and the only
+//! calls of the mutators of [`SpteCell`]. Each change is checked against the legality table
+//! ([`SpteConfig::change_kind`], in debug builds and with feature `prove`), committed by one
+//! compare-exchange, and accounted for only if that succeeded (KVM rows 3.8, 3.9).
+//!
+//! Who may write the same entry at the same moment, and why nothing is lost: `docs/LOCKING.md`.
+
+use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
+use mmu_core::flush::FlushDebt;
+use mmu_core::frame::{PageTable, PhysMap, TablePool};
+use mmu_core::spte::cell::SpteCell;
+use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
+use mmu_core::stats::{Counter, StatsShard};
+use mmu_core::sync::relax;
+
+use arrayvec::ArrayVec;
+
+use crate::zap::ZapReport;
+
+/// A thread's means to change entries.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change<'a, F: SpteFormat> {
+    pub(crate) config: &'a SpteConfig<F>,
+    pub(crate) stats: &'a StatsShard,
+}
+
+impl<F: SpteFormat> Change<'_, F> {
+    /// Replace `old` by `new` in an entry at `level`.
+    ///
+    /// # Errors
+    /// What the entry holds instead: somebody else changed it; nothing was written or counted.
+    #[inline]
+    pub(crate) fn set(
+        &self,
+        cell: &SpteCell,
+        old: Spte,
+        new: Spte,
+        level: Level,
+    ) -> Result<(), Spte> {
+        debug_assert!(!old.is_frozen(), "FROZEN is replaced by its owner only (I4)");
+        self.prove(old, new, level);
+        match cell.try_change(old, new) {
+            Ok(()) => {
+                self.account(old, new, level);
+                Ok(())
+            }
+            Err(current) => {
+                self.stats.inc(Counter::CasLost);
+                Err(current)
+            }
+        }
+    }
+
+    /// Clear the accessed bit, or access-track. One attempt: a lost one means that the entry is in
+    /// use or going away, and counts as young (KVM rows 5.4, 5.5).
+    #[inline]
+    pub(crate) fn age(&self, cell: &SpteCell, old: Spte, level: Level) -> bool {
+        let new = self.config.age(old);
+        self.prove(old, new, level);
+        cell.try_change(old, new).is_ok()
+    }
+
+    /// Fill the entries of a table that is not linked yet.
+    pub(crate) fn fill_split(&self, table: &PageTable, huge: Spte, level: Level) {
+        for (index, cell) in table.entries().iter().enumerate() {
+            cell.init(self.config.small_from_huge(huge, level, index));
+        }
+    }
+
+    /// Statistics of a committed change.
+    #[inline]
+    fn account(&self, old: Spte, new: Spte, level: Level) {
+        let (was, is) = (old.is_mmu_present(), new.is_mmu_present());
+        if !was && !is {
+            return;
+        }
+        let (was_leaf, is_leaf) = (was && old.is_leaf(level), is && new.is_leaf(level));
+        if was_leaf != is_leaf {
+            let pages = Counter::pages(level);
+            if is_leaf { self.stats.inc(pages) } else { self.stats.sub(pages, 1) }
+        }
+        let (was_table, is_table) = (was && !was_leaf, is && !is_leaf);
+        if was_table != is_table {
+            if is_table {
+                self.stats.inc(Counter::Tables);
+            } else {
+                self.stats.sub(Counter::Tables, 1);
+                self.stats.inc(Counter::TablesUnlinked);
+            }
+        }
+    }
+
+    /// Account for the children that a split made: they were never linked one by one.
+    pub(crate) fn account_split(&self, child_level: Level) {
+        let children = mmu_core::addr::to_u64(mmu_core::sync::ENTRIES);
+        self.stats.add(Counter::pages(child_level), children);
+        self.stats.inc(Counter::Splits);
+    }
+
+    #[inline]
+    fn prove(&self, old: Spte, new: Spte, level: Level) {
+        if cfg!(any(debug_assertions, feature = "prove")) {
+            let kind = self.config.change_kind(old, new, level);
+            assert!(kind.is_ok(), "illegal change at {level:?} (I3 to I7): {kind:?}");
+        }
+    }
+
+    /// Take a leaf out. Others may change its bits meanwhile, so this tries until the value taken
+    /// out is the value seen; ends early when the entry stops being a leaf. Returns that value.
+    pub(crate) fn zap_leaf(
+        &self,
+        cell: &SpteCell,
+        mut old: Spte,
+        gfn: Gfn,
+        level: Level,
+        debt: &mut FlushDebt,
+    ) -> Option<Spte> {
+        // Each failure means that another thread or the CPU changed the entry in between; a CPU
+        // sets A and D once each, an ager clears A once, so this ends after a few turns.
+        while old.is_leaf(level) {
+            match self.set(cell, old, Spte::EMPTY, level) {
+                Ok(()) => {
+                    #[cfg(not(busted = "zap_without_flush"))]
+                    self.owe(debt, GfnRange::from_len(gfn, level.pages()));
+                    self.stats.inc(Counter::LeavesZapped);
+                    return Some(old);
+                }
+                Err(current) => old = current,
+            }
+        }
+        None
+    }
+
+    /// Owe a flush for one change, counted.
+    pub(crate) fn owe(&self, debt: &mut FlushDebt, range: GfnRange) {
+        self.stats.inc(Counter::FlushOwed);
+        debt.owe(range);
+    }
+
+    /// Freeze a table that was just unlinked, and everything under it, so that no fault that is
+    /// still inside installs anything; count what was mapped and let `debt` carry the tables to
+    /// their grace period (KVM row 3.7). `level` is the table's own.
+    pub(crate) fn remove_table<P: PhysMap>(
+        &self,
+        pool: &TablePool<P>,
+        table: Pfn,
+        level: Level,
+        debt: &mut FlushDebt,
+        report: &mut ZapReport,
+    ) {
+        let mut stack: ArrayVec<(Pfn, Level, usize), 5> = ArrayVec::new();
+        stack.push((table, level, 0));
+        while let Some((frame, level, index)) = stack.pop() {
+            let Some(cell) = pool.owned_table(frame).entries().get(index) else {
+                debt.owe_table(pool.map(), frame);
+                continue;
+            };
+            stack.push((frame, level, index + 1));
+            let old = freeze(cell);
+            self.account(old, Spte::EMPTY, level);
+            if old.is_leaf(level) {
+                report.add_leaf(self.config, old, level);
+                self.stats.inc(Counter::LeavesZapped);
+            } else if let (true, Some(below)) = (old.is_table(level), level.down()) {
+                stack.push((old.pfn(), below, 0));
+            }
+        }
+    }
+}
+
+/// Exchange FROZEN in until what comes out is not FROZEN: then the entry is ours (KVM row 1.4).
+fn freeze(cell: &SpteCell) -> Spte {
+    loop {
+        let old = cell.exchange(Spte::FROZEN);
+        if !old.is_frozen() {
+            return old;
+        }
+        relax();
+    }
+}

@@ -1,0 +1,134 @@
+//! Faults fixed without a lock: restore an access-tracked entry, give W back (KVM row 3.21).
+//!
+//! Runs in an epoch section only and needs no memory, so an exhausted pool cannot fail it. Direct
+//! MMUs only: the gfn of an entry is its place, so a value that comes back (ABA) means the same.
+
+use mmu_core::access::{Access, PfErrorCode};
+use mmu_core::addr::Level;
+use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
+use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
+use mmu_core::stats::Counter;
+use mmu_core::traits::Host;
+use mmu_core::vm::Actor;
+
+use crate::change::Change;
+use crate::iter::Step;
+use crate::mmu::TdpMmu;
+use crate::root::RootRef;
+
+/// Compare-exchanges tried before the slow path takes over.
+const MAX_TRIES: u32 = 4;
+
+/// What the fast path made of a fault.
+pub(crate) enum FastPath {
+    /// Done.
+    Outcome(FaultOutcome),
+    /// Not its business, or races lost: go the slow way.
+    Slow,
+}
+
+/// Could the fast path fix it? Not-present faults are worth a look only where entries are
+/// access-tracked by taking their permissions away.
+#[inline]
+fn can_be_fast<F: SpteFormat>(config: &SpteConfig<F>, fault: &PageFault) -> bool {
+    if fault.prefetch {
+        return false;
+    }
+    if fault.code.contains(PfErrorCode::PRESENT) {
+        fault.code.contains(PfErrorCode::WRITE) || !config.ad_enabled()
+    } else {
+        !config.ad_enabled()
+    }
+}
+
+impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
+    #[inline]
+    pub(crate) fn fast_fault(
+        &self,
+        actor: &mut Actor<H>,
+        root: &RootRef,
+        fault: &PageFault,
+    ) -> Result<FastPath, FaultError> {
+        if fault.code.contains(PfErrorCode::RESERVED) {
+            return self.reserved_fault(actor, root, fault);
+        }
+        if !can_be_fast(self.config(), fault) {
+            return Ok(FastPath::Slow);
+        }
+        Ok(self.try_fast(actor, root, fault))
+    }
+
+    fn try_fast(&self, actor: &mut Actor<H>, root: &RootRef, fault: &PageFault) -> FastPath {
+        let space = root.role.space();
+        // Before the section: the copy is validated inside by its generation.
+        let found = actor.find_slot(space, fault.gfn());
+        let work = actor.pinned();
+        let config = self.config();
+        if !self.roots().is_valid(root) || work.vm.slots().generation() != found.generation {
+            return FastPath::Slow;
+        }
+        let Some(slot) = found.slot.filter(|slot| !slot.is_invalid()) else {
+            return FastPath::Slow;
+        };
+        let change = Change { config, stats: work.stats };
+        for _ in 0..MAX_TRIES {
+            let pool = work.vm.pool();
+            let Some(step) = self.last_step(pool, &work.section, root, fault.gfn()) else {
+                return FastPath::Slow;
+            };
+            let old = step.spte;
+            if !old.is_leaf(step.level) {
+                return FastPath::Slow;
+            }
+            if config.permits(old, fault.access()) {
+                return FastPath::Outcome(FaultOutcome::Spurious);
+            }
+            let new = fixed(config, old, fault.access());
+            // Until dirty logging lands, a logged slot goes the slow way, which is exact.
+            let gains_write = config.is_writable(new) && !config.is_writable(old);
+            if (gains_write && (slot.logs_dirty() || step.level > Level::L1 && slot.is_read_only()))
+                || !config.permits(new, fault.access())
+            {
+                return FastPath::Slow;
+            }
+            if change.set(step.cell, old, new, step.level).is_ok() {
+                work.stats.inc(Counter::PfFast);
+                return FastPath::Outcome(FaultOutcome::Fixed);
+            }
+        }
+        FastPath::Slow
+    }
+
+    /// A reserved bit in one of our entries is no race: say which entry.
+    #[cold]
+    fn reserved_fault(
+        &self,
+        actor: &mut Actor<H>,
+        root: &RootRef,
+        fault: &PageFault,
+    ) -> Result<FastPath, FaultError> {
+        let work = actor.pinned();
+        let step: Option<Step<'_>> =
+            self.last_step(work.vm.pool(), &work.section, root, fault.gfn());
+        match step {
+            Some(step) if self.config().reserved_bits(step.spte, step.level) != 0 => {
+                Err(FaultError::ReservedBit { gpa: fault.gpa, spte: step.spte.raw() })
+            }
+            // An MMIO entry, or the entry changed since.
+            _ => Ok(FastPath::Slow),
+        }
+    }
+}
+
+/// The entry with access tracking undone and, for a write, W given back if that is allowed.
+#[inline]
+fn fixed<F: SpteFormat>(config: &SpteConfig<F>, old: Spte, access: Access) -> Spte {
+    let mut new = old;
+    if config.is_access_tracked(new) {
+        new = config.restore(new);
+    }
+    if access.contains(Access::WRITE) && config.is_mmu_writable(new) {
+        new = config.writable_again(new);
+    }
+    new
+}

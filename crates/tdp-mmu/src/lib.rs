@@ -1,0 +1,39 @@
+//! Two-dimensional paging: EPT and NPT tables that many vCPUs change at once.
+//!
+//! [`TdpMmu`] maps guest frames to host frames in a tree of tables shared by all vCPUs of a VM. The
+//! model is the TDP MMU of Linux KVM (rows 2.x and 3.x of `docs/KVM_PARITY.md`):
+//!
+//! - [`TdpVcpu::fault`] maps a page. It takes no line that another vCPU's fault writes, apart from
+//!   the table it changes; faults that only restore a permission take no lock at all.
+//! - [`TdpMmu::unmap`] takes pages away: faults in the range retry, faults elsewhere never wait.
+//! - [`TdpMmu::invalidate_roots`] drops everything in O(roots); the tables are given back in bounded
+//!   slices behind the vCPUs' backs.
+//! - Aging ([`mmu_core::traits::AgeRange`]) reads and clears accessed bits without any lock.
+//! - [`TdpIter`] walks a tree, pauses, and goes on where it was.
+//!
+//! Reading order: `iter` (the walk), `change` (the one place that writes entries), `map` and `fast`
+//! (faults), `zap` and `root` (taking away), `age`, `walk` (looking).
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod age;
+mod change;
+mod fast;
+pub mod iter;
+mod map;
+pub mod mmu;
+pub mod root;
+mod split;
+pub mod vcpu;
+pub mod walk;
+pub mod zap;
+
+pub use iter::{Cursor, Step, TdpIter};
+pub use mmu::{TdpMmu, TdpOptions};
+pub use root::{RootError, ZapAll};
+pub use vcpu::TdpVcpu;
+pub use zap::ZapReport;

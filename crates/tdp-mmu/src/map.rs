@@ -1,0 +1,375 @@
+//! Faults: from an exit to an entry.
+//!
+//! Owns [`TdpVcpu::fault`] and [`TdpVcpu::prefault`]. Phases (KVM rows 3.15 to 3.22): check arguments ->
+//! fast path (`fast`) -> take memory -> note slot and invalidation sequence -> resolve the page with
+//! nothing held -> Shared section: stale? -> walk down, linking and splitting -> install.
+//!
+//! The resolver reports the host's page size together with the page, so the invalidation sequence
+//! covers both; KVM has to look the size up again under its lock.
+
+use mmu_core::access::Access;
+use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
+use mmu_core::flush::{FlushDebt, FlushScope};
+use mmu_core::frame::cache::FRAMES_PER_FAULT;
+use mmu_core::frame::{MmuCache, PageTable};
+use mmu_core::notify::Snapshot;
+use mmu_core::slot::{self, Memslot};
+use mmu_core::spte::cell::SpteCell;
+use mmu_core::spte::{LeafSpec, Spte, SpteConfig, SpteFormat};
+use mmu_core::stats::Counter;
+use mmu_core::traits::{Host, HostPage, ResolveError};
+use mmu_core::vm::{FoundSlot, SharedWork};
+
+use crate::change::Change;
+use crate::fast::FastPath;
+use crate::mmu::TdpMmu;
+use crate::root::RootRef;
+use crate::vcpu::TdpVcpu;
+use crate::zap::ZapReport;
+
+/// Compare-exchanges that one fault may lose before it gives up its section and lets the vCPU try
+/// again. Each loss means that somebody else made progress on the same entry.
+const MAX_LOST: u32 = 8;
+
+/// A fault whose page is known.
+struct Resolved {
+    gfn: Gfn,
+    access: Access,
+    prefetch: bool,
+    slot: Memslot,
+    generation: u64,
+    snapshot: Snapshot,
+    page: HostPage,
+    goal: Level,
+}
+
+/// What became of one attempt at one entry.
+enum Attempt<'g> {
+    Outcome(FaultOutcome),
+    /// Go on in this child table.
+    Descend(&'g PageTable),
+    /// The entry changed under us: look again.
+    Again,
+}
+
+impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
+    /// Handle a fault on a guest physical address.
+    ///
+    /// Bounded work, no allocation under a section, no lock shared with faults elsewhere. The
+    /// resolver may sleep.
+    ///
+    /// # Errors
+    /// [`FaultError`]; no entry was changed.
+    pub fn fault(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
+        let result = self.handle(fault);
+        let stats = self.actor.stats();
+        stats.inc(Counter::PfTaken);
+        stats.inc(match &result {
+            Ok(FaultOutcome::Fixed) => Counter::PfFixed,
+            Ok(FaultOutcome::Spurious) => Counter::PfSpurious,
+            Ok(FaultOutcome::Retry) => Counter::PfRetry,
+            Ok(FaultOutcome::Emulate(_)) => Counter::PfEmulate,
+            Ok(FaultOutcome::WriteProtected) => Counter::PfWriteProtected,
+            Err(_) => Counter::PfError,
+        });
+        result
+    }
+
+    /// Map pages before the guest touches them (KVM row 3.57), without the accessed bit, from
+    /// `range.start` on. Returns the first gfn that was not mapped: `range.end` when all were.
+    ///
+    /// # Errors
+    /// As [`fault`](Self::fault), if nothing was mapped; else the progress is returned.
+    pub fn prefault(&mut self, range: GfnRange, access: Access) -> Result<Gfn, FaultError> {
+        let mut next = range.start;
+        while next < range.end {
+            match self.fault(&PageFault::prefetch(next.address(), access)) {
+                Ok(FaultOutcome::Fixed | FaultOutcome::Spurious) => {
+                    next = next.saturating_add(1);
+                }
+                Ok(FaultOutcome::Retry) if self.root_is_current() => {}
+                Ok(_) => break,
+                Err(error) if next == range.start => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(next)
+    }
+
+    fn handle(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
+        let gfn = fault.gfn();
+        let max_gfn = self.mmu.config().max_gfn_exclusive();
+        if gfn >= max_gfn {
+            return Err(FaultError::BeyondPhysical { gpa: fault.gpa, max_gfn });
+        }
+        if !fault.max_level.may_be_leaf() {
+            return Err(FaultError::NotALeafLevel { level: fault.max_level });
+        }
+        let root = self.root.ok_or(FaultError::NoRoot)?;
+        if !self.mmu.roots().is_valid(&root) {
+            return Ok(FaultOutcome::Retry);
+        }
+        match self.mmu.fast_fault(&mut self.actor, &root, fault)? {
+            FastPath::Outcome(outcome) => return Ok(outcome),
+            FastPath::Slow => {}
+        }
+        self.actor.top_up(FRAMES_PER_FAULT)?;
+        let resolved = match self.resolve(fault)? {
+            Ok(resolved) => resolved,
+            Err(outcome) => return Ok(outcome),
+        };
+        let mut debt = FlushDebt::new();
+        let outcome = self.mmu.install(&mut self.actor.shared(), &root, &resolved, &mut debt);
+        if !debt.is_empty() {
+            self.actor.pay(debt, FlushScope::Ranges);
+        } else {
+            drop(debt);
+        }
+        outcome
+    }
+
+    /// Find slot and page. The inner error is an outcome that needs no page.
+    #[inline]
+    fn resolve(&mut self, fault: &PageFault) -> Result<Result<Resolved, FaultOutcome>, FaultError> {
+        let (gfn, access) = (fault.gfn(), fault.access());
+        let space = self.role().space();
+        let snapshot = self.actor.vm().notify().snapshot();
+        let FoundSlot { slot, generation } = self.actor.find_slot(space, gfn);
+        let Some(slot) = slot else {
+            let reason = EmulateReason::NoSlot { gfn, space };
+            return Ok(Err(FaultOutcome::Emulate(reason)));
+        };
+        if slot.is_invalid() || self.actor.vm().notify().likely_in_progress(gfn) {
+            return Ok(Err(FaultOutcome::Retry));
+        }
+        if slot.is_read_only() && access.contains(Access::WRITE) {
+            let reason = EmulateReason::ReadOnly { gfn, slot: slot.id };
+            return Ok(Err(FaultOutcome::Emulate(reason)));
+        }
+        let page = match self.actor.vm().host().resolve(&slot, gfn, access) {
+            Ok(page) => page,
+            Err(source) => return self.resolve_failed(gfn, slot, snapshot, generation, source),
+        };
+        if page.pfn >= self.mmu.config().max_pfn_exclusive() {
+            return Err(FaultError::BadHostPage { gfn, pfn: page.pfn.get() });
+        }
+        if access.contains(Access::WRITE) && !page.writable {
+            let reason = EmulateReason::ReadOnly { gfn, slot: slot.id };
+            return Ok(Err(FaultOutcome::Emulate(reason)));
+        }
+        let goal = self.mmu.goal_level(&slot, gfn, &page, fault.max_level);
+        let prefetch = fault.prefetch;
+        Ok(Ok(Resolved { gfn, access, prefetch, slot, generation, snapshot, page, goal }))
+    }
+
+    /// An error is the caller's only if nothing changed while the host was asked.
+    #[cold]
+    fn resolve_failed(
+        &mut self,
+        gfn: Gfn,
+        slot: Memslot,
+        snapshot: Snapshot,
+        generation: u64,
+        source: ResolveError,
+    ) -> Result<Result<Resolved, FaultOutcome>, FaultError> {
+        let work = self.actor.shared();
+        let stale = work.vm.slots().generation() != generation
+            || work.vm.notify().must_retry(&work.section, snapshot, gfn);
+        if stale {
+            return Ok(Err(FaultOutcome::Retry));
+        }
+        if source == ResolveError::ReadOnly {
+            let reason = EmulateReason::ReadOnly { gfn, slot: slot.id };
+            return Ok(Err(FaultOutcome::Emulate(reason)));
+        }
+        Err(FaultError::Resolve { gfn, source })
+    }
+}
+
+impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
+    /// Level to map at (KVM row 3.22): the smallest of what the fault, the policy, the format, the
+    /// host page, the slot's geometry and dirty logging allow, with gfn and pfn congruent.
+    #[inline]
+    fn goal_level(&self, slot: &Memslot, gfn: Gfn, page: &HostPage, max: Level) -> Level {
+        let cap = max.min(self.options().max_level).min(page.level);
+        if cap == Level::L1 || slot.logs_dirty() {
+            return Level::L1;
+        }
+        let mut level = slot::max_level(slot, gfn, cap.min(self.config().max_leaf_level()));
+        while (gfn.get() ^ page.pfn.get()) & (level.pages() - 1) != 0 {
+            level = level.down().unwrap_or(Level::L1);
+        }
+        level
+    }
+
+    /// Walk from the root to the goal and install the page.
+    #[inline]
+    fn install(
+        &self,
+        work: &mut SharedWork<'_, H>,
+        root: &RootRef,
+        fault: &Resolved,
+        debt: &mut FlushDebt,
+    ) -> Result<FaultOutcome, FaultError> {
+        let SharedWork { section, cache, vm, stats } = work;
+        let vm = *vm;
+        // The authoritative checks: what invalidates from here on waits for this section.
+        #[cfg(not(busted = "skip_root_recheck"))]
+        if !self.roots().is_valid(root) {
+            return Ok(FaultOutcome::Retry);
+        }
+        if vm.slots().generation() != fault.generation
+            || vm.notify().must_retry(section, fault.snapshot, fault.gfn)
+        {
+            return Ok(FaultOutcome::Retry);
+        }
+        let change = Change { config: self.config(), stats };
+        let pool = vm.pool();
+        let epoch = section.epoch();
+        let mut table = pool.table(epoch, root.frame);
+        let mut level = root.role.level();
+        let mut lost = 0;
+        loop {
+            let cell = table.cell(fault.gfn, level);
+            let old = cell.load();
+            let attempt = if old.is_frozen() {
+                Attempt::Outcome(FaultOutcome::Retry)
+            } else if level == fault.goal {
+                self.install_leaf(&change, vm, cell, old, fault, debt)?
+            } else if old.is_table(level) {
+                Attempt::Descend(pool.table(epoch, old.pfn()))
+            } else if old.is_mmu_present() {
+                match self.split_leaf(&change, pool, cache, cell, old, fault.gfn, level) {
+                    Some(child) => Attempt::Descend(child),
+                    None => Attempt::Again,
+                }
+            } else {
+                match self.link_table(&change, vm, cache, cell, old, fault.gfn, level) {
+                    Some(child) => Attempt::Descend(child),
+                    None => Attempt::Again,
+                }
+            };
+            match attempt {
+                Attempt::Outcome(outcome) => return Ok(outcome),
+                Attempt::Descend(child) => {
+                    table = child;
+                    level = level.down().unwrap_or(Level::L1);
+                }
+                Attempt::Again if lost < MAX_LOST => lost += 1,
+                Attempt::Again => return Ok(FaultOutcome::Retry),
+            }
+        }
+    }
+
+    /// Link an empty table under an entry that has none. `None` when the race was lost.
+    #[inline(never)]
+    #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
+    fn link_table<'g>(
+        &self,
+        change: &Change<'_, F>,
+        vm: &'g mmu_core::vm::VmCore<H>,
+        cache: &mut MmuCache,
+        cell: &SpteCell,
+        old: Spte,
+        gfn: Gfn,
+        level: Level,
+    ) -> Option<&'g PageTable> {
+        let below = level.down()?;
+        // top_up provided one for every level.
+        let frame = cache.take()?;
+        vm.pool().set_place(frame, gfn.align_down(level), below);
+        let new = self.config().table(frame, level);
+        if change.set(cell, old, new, level).is_err() {
+            put_back(vm.pool(), cache, frame);
+            return None;
+        }
+        Some(vm.pool().owned_table(frame))
+    }
+
+    /// Install the page in the entry at the goal level (KVM row 3.20).
+    #[inline]
+    fn install_leaf<'g>(
+        &self,
+        change: &Change<'_, F>,
+        vm: &mmu_core::vm::VmCore<H>,
+        cell: &SpteCell,
+        old: Spte,
+        fault: &Resolved,
+        debt: &mut FlushDebt,
+    ) -> Result<Attempt<'g>, FaultError> {
+        let config = self.config();
+        let level = fault.goal;
+        if old.is_leaf(level) && (fault.prefetch || config.permits(old, fault.access)) {
+            return Ok(Attempt::Outcome(FaultOutcome::Spurious));
+        }
+        let new = make_leaf(config, fault);
+        if old.is_leaf(level) {
+            let want = new.pfn();
+            if old.pfn() != want {
+                let gfn = fault.gfn;
+                return Err(FaultError::StaleMapping { gfn, mapped: old.pfn(), resolved: want });
+            }
+            if new == old || !config.permits(new, fault.access) {
+                return Ok(Attempt::Outcome(FaultOutcome::Spurious));
+            }
+        }
+        if change.set(cell, old, new, level).is_err() {
+            return Ok(Attempt::Again);
+        }
+        if old.is_table(level) {
+            self.replace_table(change, vm, old, fault, debt);
+        }
+        Ok(Attempt::Outcome(FaultOutcome::Fixed))
+    }
+
+    /// A huge leaf took the place of a table: take that apart and owe the flush (row 0.2.7).
+    #[cold]
+    fn replace_table(
+        &self,
+        change: &Change<'_, F>,
+        vm: &mmu_core::vm::VmCore<H>,
+        old: Spte,
+        fault: &Resolved,
+        debt: &mut FlushDebt,
+    ) {
+        change.stats.inc(Counter::Collapses);
+        change.owe(debt, GfnRange::entry(fault.gfn, fault.goal));
+        let mut gone = ZapReport::default();
+        if let Some(below) = fault.goal.down() {
+            change.remove_table(vm.pool(), old.pfn(), below, debt, &mut gone);
+        }
+    }
+}
+
+/// The entry for a resolved fault (KVM row 1.43).
+#[inline]
+fn make_leaf<F: SpteFormat>(config: &SpteConfig<F>, fault: &Resolved) -> Spte {
+    let writable = fault.page.writable && !fault.slot.is_read_only();
+    config.leaf(&LeafSpec {
+        pfn: fault.page.pfn.align_down(fault.goal),
+        level: fault.goal,
+        access: fault.slot.access(),
+        host_writable: writable,
+        // A slot that is logged gets W only by a write, which the log then sees.
+        map_writable: writable
+            && (!fault.slot.logs_dirty() || fault.access.contains(Access::WRITE)),
+        mmu_writable: writable,
+        accessed: !fault.prefetch,
+        memory_type: None,
+        host_mmio: false,
+    })
+}
+
+/// A frame that lost its race goes back where it came from.
+pub(crate) fn put_back<P: mmu_core::frame::PhysMap>(
+    pool: &mmu_core::frame::TablePool<P>,
+    cache: &mut MmuCache,
+    frame: mmu_core::addr::Pfn,
+) {
+    if let Some(frame) = cache.put(frame) {
+        let mut list = mmu_core::frame::FrameList::new();
+        list.push(pool.map(), frame);
+        pool.give_back(list);
+    }
+}

@@ -1,0 +1,129 @@
+//! The TDP MMU of one VM: its configuration and its roots.
+//!
+//! Owns [`TdpMmu`] and [`TdpOptions`]; the operations stand in files of their own (`map`, `zap`, `age`,
+//! `root`, `walk`).
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use mmu_core::addr::Level;
+use mmu_core::check::{CheckError, TreeCount, check_tree};
+use mmu_core::role::RootRole;
+use mmu_core::slot::{SlotChange, SlotError, SlotRequest, SlotWriter};
+use mmu_core::spte::{SpteConfig, SpteFormat};
+use mmu_core::traits::Host;
+use mmu_core::vm::{Actor, VmCore};
+
+use crate::root::{RootFilter, Roots};
+
+/// Policy of a [`TdpMmu`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TdpOptions {
+    /// Largest page that faults map. The format's configuration may allow less.
+    pub max_level: Level,
+}
+
+impl Default for TdpOptions {
+    fn default() -> Self {
+        Self { max_level: Level::MAX_LEAF }
+    }
+}
+
+/// Page tables in format `F` for the guest memory of one VM, shared by all its vCPUs.
+pub struct TdpMmu<F: SpteFormat, H: Host> {
+    vm: Arc<VmCore<H>>,
+    config: SpteConfig<F>,
+    options: TdpOptions,
+    roots: Roots,
+}
+
+impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
+    /// An MMU without roots; [`TdpVcpu::load_root`](crate::TdpVcpu::load_root) makes the first.
+    #[must_use]
+    pub fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, options: TdpOptions) -> Arc<Self> {
+        let roots = Roots::new();
+        Arc::new(Self { vm, config, options, roots })
+    }
+
+    /// The VM.
+    #[inline]
+    #[must_use]
+    pub fn vm(&self) -> &Arc<VmCore<H>> {
+        &self.vm
+    }
+
+    /// Format and capabilities of the entries.
+    #[inline]
+    #[must_use]
+    pub fn config(&self) -> &SpteConfig<F> {
+        &self.config
+    }
+
+    /// Policy.
+    #[inline]
+    #[must_use]
+    pub fn options(&self) -> &TdpOptions {
+        &self.options
+    }
+
+    #[inline]
+    pub(crate) fn roots(&self) -> &Roots {
+        &self.roots
+    }
+
+    /// Role of the root that a vCPU in address space `space` uses.
+    #[must_use]
+    pub fn role(&self, space: u8) -> RootRole {
+        let role = RootRole::new(self.config.levels(), space);
+        if self.config.ad_enabled() { role } else { role.with_ad_disabled() }
+    }
+
+    /// Create, delete, move or change a memory slot; mappings of a slot that goes away are gone,
+    /// flushed, when this returns (KVM row 6.6).
+    ///
+    /// # Errors
+    /// [`SlotError`] names the rule and the values; nothing changed.
+    pub fn set_slot(
+        &self,
+        writer: &mut SlotWriter,
+        actor: &mut Actor<H>,
+        request: &SlotRequest,
+    ) -> Result<SlotChange, SlotError> {
+        self.vm.set_slot(writer, actor, request, |actor, old| {
+            let _ = self.unmap(actor, old.range());
+        })
+    }
+
+    /// Walk every valid root and check each entry (invariants I1, I4 to I7), counting what is
+    /// mapped. Exact when nobody changes the tables meanwhile.
+    ///
+    /// # Errors
+    /// The first entry that breaks a rule.
+    pub fn check(&self, actor: &mut Actor<H>) -> Result<TreeCount, CheckError> {
+        let mut total = TreeCount::default();
+        for index in 0..self.roots.capacity() {
+            let work = actor.pinned();
+            let Some(root) = self.roots.get(index, RootFilter::InUse) else { continue };
+            let count = check_tree(
+                &self.config,
+                work.vm.pool(),
+                &work.section,
+                root.frame,
+                root.role.level(),
+            )?;
+            total.merge(&count);
+        }
+        Ok(total)
+    }
+}
+
+impl<F: SpteFormat, H: Host> fmt::Debug for TdpMmu<F, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TdpMmu")
+            .field("format", &F::NAME)
+            .field("config", &self.config)
+            .field("roots", &self.roots)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,173 @@
+//! Taking pages away from the guest.
+//!
+//! Owns [`TdpMmu::unmap`] (a range, for the host's invalidations and for slots; KVM rows 3.33 to 3.35)
+//! and [`ZapReport`]. Zap-all is in [`crate::root`].
+//!
+//! Locking: no Exclusive. `unmap` announces the range, drains the Shared sections that were open,
+//! then zaps under Shared in slices of at most [`SLICE_ENTRIES`] entries; faults in the range retry
+//! until it has ended, faults elsewhere never wait. It flushes before it ends, also when it found
+//! nothing but another invalidation was in progress: that one may have cleared an entry whose flush
+//! is still on the way.
+
+use mmu_core::addr::{GfnRange, Level};
+use mmu_core::flush::{FlushDebt, FlushScope};
+use mmu_core::frame::PhysMap;
+use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
+use mmu_core::stats::Counter;
+use mmu_core::traits::Host;
+use mmu_core::vm::Actor;
+
+use crate::change::Change;
+use crate::iter::{Cursor, Step, TdpIter};
+use crate::mmu::TdpMmu;
+use crate::root::RootFilter;
+
+/// Entries a zap visits between two points where others may proceed.
+pub const SLICE_ENTRIES: usize = 512;
+
+/// What was taken out (8.4: a zap reports accessed and dirty bits instead of losing them).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub struct ZapReport {
+    /// Leaves, by level: 4 KiB, 2 MiB, 1 GiB.
+    pub leaves: [u64; 3],
+    /// 4 KiB pages under leaves whose accessed bit was set.
+    pub young: u64,
+    /// 4 KiB pages under leaves whose dirty bit was set, or that were writable where hardware has
+    /// no dirty bit.
+    pub dirty: u64,
+    /// Tables unlinked.
+    pub tables: u64,
+}
+
+impl ZapReport {
+    /// 4 KiB pages under all leaves.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        let levels = self.leaves.iter().zip(Level::ALL);
+        levels.map(|(count, level)| count * level.pages()).sum()
+    }
+
+    /// Count a leaf that was taken out.
+    #[inline]
+    pub(crate) fn add_leaf<F: SpteFormat>(
+        &mut self,
+        config: &SpteConfig<F>,
+        spte: Spte,
+        level: Level,
+    ) {
+        if let Some(count) = self.leaves.get_mut(level.slot()) {
+            *count += 1;
+        }
+        if config.is_accessed(spte) {
+            self.young += level.pages();
+        }
+        if config.is_dirty(spte) {
+            self.dirty += level.pages();
+        }
+    }
+
+    /// Add another report.
+    pub fn merge(&mut self, other: &Self) {
+        for (mine, theirs) in self.leaves.iter_mut().zip(other.leaves) {
+            *mine += theirs;
+        }
+        self.young += other.young;
+        self.dirty += other.dirty;
+        self.tables += other.tables;
+    }
+}
+
+impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
+    /// Remove every mapping of `range` from every root, flushed: when this returns, no vCPU uses
+    /// one, and no fault that resolved its page before the call installs one.
+    ///
+    /// Leaves that reach beyond the range go as a whole. Tables stay (KVM row 3.33).
+    #[doc(alias = "kvm_tdp_mmu_unmap_gfn_range")]
+    pub fn unmap(&self, actor: &mut Actor<H>, range: GfnRange) -> ZapReport {
+        let vm = self.vm();
+        let invalidation = vm.notify().begin(actor.participant(), range);
+        let mut report = ZapReport::default();
+        let mut debt = FlushDebt::new();
+        for index in 0..self.roots().capacity() {
+            self.zap_root_range(actor, index, range, &mut debt, &mut report);
+        }
+        if debt.is_empty() && invalidation.others_in_progress() {
+            // Another invalidation may have cleared our entries; its flush may not be over.
+            actor.stats().inc(Counter::FlushOwed);
+            debt.owe(range);
+        }
+        actor.pay(debt, FlushScope::Ranges);
+        drop(invalidation);
+        report
+    }
+
+    /// Zap one root's leaves in `range`, in slices.
+    fn zap_root_range(
+        &self,
+        actor: &mut Actor<H>,
+        index: usize,
+        range: GfnRange,
+        debt: &mut FlushDebt,
+        report: &mut ZapReport,
+    ) {
+        let mut cursor = Cursor::new(range, Level::L2);
+        loop {
+            let work = actor.shared();
+            // Invalid roots too: a vCPU may still run on one (KVM row 3.34).
+            let Some(root) = self.roots().get(index, RootFilter::InUse) else { return };
+            let change = Change { config: self.config(), stats: work.stats };
+            let pool = work.vm.pool();
+            let section = work.section.epoch();
+            let iter = TdpIter::resume(pool, section, root.frame, root.role.level(), cursor);
+            match zap_slice(&change, iter, range, debt, report) {
+                Some(next) => cursor = next,
+                None => return,
+            }
+            work.stats.inc(Counter::Yields);
+        }
+    }
+}
+
+/// Zap until the walk ends (`None`) or a slice is full.
+fn zap_slice<F: SpteFormat, P: PhysMap>(
+    change: &Change<'_, F>,
+    mut iter: TdpIter<'_, P>,
+    range: GfnRange,
+    debt: &mut FlushDebt,
+    report: &mut ZapReport,
+) -> Option<Cursor> {
+    let mut visited = 0;
+    while let Some(step) = iter.next() {
+        if visited >= SLICE_ENTRIES {
+            // Before the step is worked on: the walk comes back to it.
+            match iter.suspend() {
+                Ok(cursor) => return Some(cursor),
+                Err(same) => iter = same,
+            }
+        }
+        visited += 1;
+        match iter.leaf_table(&step, range) {
+            Some(table) => {
+                visited += table.count;
+                for step in table.steps().filter(|s| s.spte.is_mmu_present()) {
+                    zap_step(change, &step, debt, report);
+                }
+            }
+            None => zap_step(change, &step, debt, report),
+        }
+    }
+    None
+}
+
+#[inline]
+fn zap_step<F: SpteFormat>(
+    change: &Change<'_, F>,
+    step: &Step<'_>,
+    debt: &mut FlushDebt,
+    report: &mut ZapReport,
+) {
+    if let Some(old) = change.zap_leaf(step.cell, step.spte, step.gfn, step.level, debt) {
+        report.add_leaf(change.config, old, step.level);
+    }
+}

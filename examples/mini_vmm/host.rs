@@ -1,0 +1,188 @@
+//! The VMM as the MMU's embedder: frames, flushes with completion, page resolution.
+//!
+//! Owns [`VmmHost`], which implements the three traits an embedder implements, and [`Gates`], the
+//! handshake between vCPU threads and a request to reload roots.
+
+use std::ops::Range;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use mmu_core::access::Access;
+use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
+use mmu_core::flush::{FlushBatch, FlushScope};
+use mmu_core::frame::{Arena, ArenaError, FrameMeta, PageTable, PhysMap};
+use mmu_core::slot::Memslot;
+use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush};
+
+use super::machine::{Flush, Layout, Machine, PAGE};
+
+/// One word per vCPU: odd while it may be in the guest.
+#[derive(Debug)]
+pub struct Gates(Vec<AtomicU64>);
+
+impl Gates {
+    /// Gates of `vcpus` vCPUs, all outside.
+    pub fn new(vcpus: u32) -> Arc<Self> {
+        Arc::new(Self((0..vcpus).map(|_| AtomicU64::new(0)).collect()))
+    }
+
+    /// Announce entry. After this, check that the root is current; if not, [`leave`](Self::leave).
+    /// The fence pairs with the one in [`wait_out`](Self::wait_out): either the vCPU sees that its
+    /// root was invalidated, or the waiter sees that it is inside.
+    pub fn enter(&self, vcpu: u32) {
+        self.0[vcpu as usize].fetch_add(1, Ordering::AcqRel);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Announce exit.
+    pub fn leave(&self, vcpu: u32) {
+        self.0[vcpu as usize].fetch_add(1, Ordering::Release);
+    }
+
+    /// Wait until every vCPU that is inside has left once, kicking them.
+    fn wait_out(&self, kick: impl Fn()) {
+        fence(Ordering::SeqCst);
+        let seen: Vec<u64> = self.0.iter().map(|gate| gate.load(Ordering::Acquire)).collect();
+        let inside = |(gate, seen): (&AtomicU64, &u64)| {
+            seen % 2 == 1 && gate.load(Ordering::Acquire) == *seen
+        };
+        while self.0.iter().zip(&seen).any(inside) {
+            kick();
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// The embedder.
+pub struct VmmHost {
+    machine: Arc<dyn Machine>,
+    arena: Arena,
+    layout: Layout,
+    gates: Arc<Gates>,
+    /// Address of physical page 0 in the VMM: slots say where their memory is by it.
+    base: u64,
+    /// Largest page the resolver offers.
+    level: Level,
+    /// Tests of the tests: flushes are thrown away.
+    forget_flushes: bool,
+}
+
+impl VmmHost {
+    /// An embedder for `machine`, whose tables stand in `layout.tables`.
+    pub fn new(
+        machine: Arc<dyn Machine>,
+        layout: &Layout,
+        gates: Arc<Gates>,
+        level: Level,
+        forget_flushes: bool,
+    ) -> Result<Self, ArenaError> {
+        let memory = machine.memory();
+        let offset = layout.tables.start * PAGE;
+        let frames = layout.tables.end - layout.tables.start;
+        assert!(layout.tables.end * PAGE <= memory.len, "tables stand in memory");
+        // SAFETY: `offset` is inside the machine's mapping (asserted), which is not null.
+        let start = unsafe { memory.base.add(offset as usize) };
+        let start = NonNull::new(start).expect("the mapping is not at address 0");
+        // SAFETY: `from_raw_parts` clause by clause.
+        //   1. [start, start + frames pages) is inside the machine's mapping (asserted), page
+        //      aligned because the mapping is, readable and writable, and mapped as long as the
+        //      machine lives; `Self` keeps the machine alive as long as the arena.
+        //   2. The layout reserves these pages for tables: the machine and the guest touch them
+        //      by page walks only, which are aligned 8-byte atomic accesses.
+        let arena = unsafe { Arena::from_raw_parts(start, frames, Pfn::new(layout.tables.start)) }?;
+        let base = memory.base as u64;
+        let layout = layout.clone();
+        Ok(Self { machine, arena, layout, gates, base, level, forget_flushes })
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Arc<dyn Machine> {
+        &self.machine
+    }
+
+    /// Where physical page `page` is mapped in the VMM: what a slot's `hva` is.
+    pub fn hva(&self, page: u64) -> u64 {
+        self.base + page * PAGE
+    }
+
+    /// Physical pages behind a guest range: the data page of each gfn is the slot's, which the
+    /// scenarios lay out so that it follows from the gfn alone.
+    fn data_pages(&self, range: GfnRange) -> Option<Range<u64>> {
+        let first = range.start.get().checked_sub(DATA_GFN)? + self.layout.data.start;
+        let end = (first + range.len()).min(self.layout.data.end);
+        (first < end).then_some(first..end)
+    }
+}
+
+/// First gfn of guest data: 4 GiB.
+pub const DATA_GFN: u64 = 0x10_0000;
+
+// SAFETY: every clause is the arena's, which this forwards to and never replaces.
+unsafe impl PhysMap for VmmHost {
+    fn provide(&self) -> Option<Pfn> {
+        self.arena.provide()
+    }
+
+    fn reclaim(&self, frame: Pfn) {
+        self.arena.reclaim(frame);
+    }
+
+    fn table(&self, frame: Pfn) -> NonNull<PageTable> {
+        self.arena.table(frame)
+    }
+
+    fn meta(&self, frame: Pfn) -> NonNull<FrameMeta> {
+        self.arena.meta(frame)
+    }
+}
+
+/// A flush to be done by `wait`: the machine's flushes are complete when they return, so all of the
+/// work is there.
+pub struct Ticket {
+    reload: bool,
+    gfns: Vec<Range<u64>>,
+    pfns: Vec<Range<u64>>,
+    tables: Vec<u64>,
+}
+
+impl TlbFlush for VmmHost {
+    type Ticket = Ticket;
+
+    fn request(&self, batch: &FlushBatch<'_>) -> Ticket {
+        let reload = batch.scope == FlushScope::Reload;
+        if reload {
+            // Start them on their way; `wait` makes sure.
+            self.machine.kick_all();
+        }
+        let gfns = batch.ranges.iter().map(|r| r.start.get()..r.end.get()).collect();
+        let pfns = batch.ranges.iter().filter_map(|range| self.data_pages(*range)).collect();
+        let mut tables = Vec::new();
+        batch.for_each_table(|frame| tables.push(frame.get()));
+        Ticket { reload, gfns, pfns, tables }
+    }
+
+    fn wait(&self, ticket: Ticket) {
+        if self.forget_flushes {
+            return;
+        }
+        let Ticket { reload, gfns, pfns, tables } = ticket;
+        if reload {
+            self.gates.wait_out(|| self.machine.kick_all());
+        }
+        let flush = Flush { gfns: &gfns, pfns: &pfns, tables: &tables, everything: reload };
+        if let Err(error) = self.machine.flush(&flush) {
+            // Going on with stale translations would corrupt the guest silently.
+            panic!("the machine could not flush: {error}");
+        }
+    }
+}
+
+impl PfnResolver for VmmHost {
+    #[inline]
+    fn resolve(&self, slot: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {
+        let hva = slot.hva_of(gfn).ok_or(ResolveError::NoMemory)?;
+        let page = (hva.get() - self.base) / PAGE;
+        Ok(HostPage { pfn: Pfn::new(page), writable: true, level: self.level })
+    }
+}

@@ -1,0 +1,99 @@
+//! vCPUs fault their memory in, each its own share, and verify what they wrote.
+//!
+//! Holds: pages faulted = pages touched, no fault lost, none doubled beyond counted spurious ones.
+
+use std::time::Instant;
+
+use mmu_core::spte::SpteFormat;
+use mmu_core::stats::Counter;
+
+use super::{Builder, Error, Report, Shape};
+use crate::machine::Op;
+use crate::report::Series;
+
+/// Run it.
+pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
+    let pages = builder.pages(64 << 20, 1 << 30);
+    let vmm = builder.vmm(Shape::new(builder.options.vcpus, pages))?;
+    let mut report = builder.report("demand-paging", &vmm);
+    let begun = Instant::now();
+    let mut vcpus = (0..vmm.shape.vcpus).map(|id| vmm.vcpu(id)).collect::<Result<Vec<_>, _>>()?;
+    let tag = builder.options.seed;
+
+    // The first run loads the root and maps what the machine pins; it touches no data.
+    let populate = Instant::now();
+    let stats = vmm.mmu.vm().stats();
+    let written = vmm.on_all(&mut vcpus, |vcpu| {
+        vcpu.handling_ns = Some(Vec::new());
+        let share = vcpu.vmm().share(vcpu.id);
+        let report = vcpu.run_pages(Op::Write, share, tag, 1)?;
+        Ok((report, vcpu.handling_ns.take().unwrap_or_default()))
+    })?;
+    let populate = populate.elapsed();
+    let faults = vmm.exits.faults.load(std::sync::atomic::Ordering::Relaxed);
+    let spurious = stats.get(Counter::PfSpurious);
+    let retries = stats.get(Counter::PfRetry);
+    let mapped = {
+        let mut actor = vmm.actor()?;
+        let tree = vmm.mmu.check(&mut actor)?;
+        let pinned: u64 = vmm.machine.pinned().iter().map(|(_, _, pages)| pages).sum();
+        tree.pages() - pinned
+    };
+
+    let verified = vmm.on_all(&mut vcpus, |vcpu| {
+        let share = vcpu.vmm().share(vcpu.id);
+        vcpu.run_pages(Op::Verify, share, tag, 2)
+    })?;
+    let again = vmm.exits.faults.load(std::sync::atomic::Ordering::Relaxed) - faults;
+    report.seconds = begun.elapsed().as_secs_f64();
+
+    let touched: u64 = written.iter().map(|(report, _)| report.pages).sum();
+    let mismatches: u64 = verified.iter().map(|report| report.mismatches).sum();
+    let read: u64 = verified.iter().map(|report| report.pages).sum();
+    report.count("pages_touched", touched);
+    report.count("faults", faults);
+    let exact = faults == touched + retries + late_spurious(faults, touched, retries);
+    report.check("every-page-touched", touched == pages, format!("{touched} of {pages}"));
+    report.check("pages-mapped-are-pages-touched", mapped == touched, format!("{mapped} mapped"));
+    let extra = faults - touched.min(faults);
+    report.check(
+        "no-fault-lost-or-doubled",
+        exact && extra <= spurious + retries,
+        format!("{faults} faults for {touched} pages, {spurious} spurious, {retries} retried"),
+    );
+    report.check("no-fault-on-mapped-pages", again == 0, format!("{again} while verifying"));
+    report.check(
+        "contents-verified-by-the-guest",
+        mismatches == 0 && read == 2 * pages,
+        format!("{read} pages read, {mismatches} mismatches"),
+    );
+    report.metric("populate_s", populate.as_secs_f64());
+    report.metric("faults_per_s", faults as f64 / populate.as_secs_f64());
+    report.metric(
+        "exit_and_fault_us",
+        populate.as_micros() as f64 * f64::from(vmm.shape.vcpus) / faults as f64,
+    );
+    let times: Vec<u64> = written.into_iter().flat_map(|(_, times)| times).collect();
+    report.plot = Some((
+        format!("demand paging on {}: time per fault inside the MMU", report.cpu),
+        "share of faults, %".into(),
+        "ns".into(),
+        vec![Series { name: "fault".into(), points: distribution(times.clone()) }],
+    ));
+    report.percentiles("fault", times);
+    drop(vcpus);
+    vmm.teardown(&mut report)?;
+    Ok(report)
+}
+
+/// Faults beyond pages and retries: each must be a counted spurious one.
+fn late_spurious(faults: u64, touched: u64, retries: u64) -> u64 {
+    faults.saturating_sub(touched + retries)
+}
+
+/// Points of the cumulative distribution up to the 99th percentile.
+fn distribution(mut times: Vec<u64>) -> Vec<(f64, f64)> {
+    times.sort_unstable();
+    let at = |percent: usize| times.get(times.len().saturating_sub(1) * percent / 100).copied();
+    (0..100).filter_map(|p| Some((p as f64, at(p)? as f64))).collect()
+}

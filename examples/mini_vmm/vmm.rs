@@ -1,0 +1,386 @@
+//! A VM: a machine, the MMU under test, and the loop that turns exits into faults.
+//!
+//! Owns [`Vmm`] and [`VmmVcpu`]. Every scenario builds one, runs commands on its vCPUs, and ends with
+//! [`Vmm::teardown`], which checks that nothing is left.
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use mmu_core::access::{Access, PfErrorCode};
+use mmu_core::addr::{Gfn, GfnRange, Gpa, Hva, Level};
+use mmu_core::fault::{FaultOutcome, PageFault};
+use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest, SlotWriter};
+use mmu_core::spte::{SpteConfig, SpteFormat};
+use mmu_core::stats::Counter;
+use mmu_core::vm::{Actor, VmCore};
+use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
+
+use super::host::{DATA_GFN, Gates, VmmHost};
+use super::machine::{self, Command, Exit, Layout, Machine, PAGE};
+use super::report::Report;
+
+/// Anything that ends a scenario early, in words.
+pub type Error = Box<dyn std::error::Error + Send + Sync>;
+
+/// Slot ids: 0 upward for data, from here for what the machine pins.
+const PINNED_SLOT: u16 = 1000;
+
+/// How a VM is laid out and configured.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Pages of guest data.
+    pub pages: u64,
+    /// Memory slots the data is divided into.
+    pub slots: u64,
+    /// Largest page the host offers.
+    pub level: Level,
+    /// Throw flushes away, to show what they are for.
+    pub forget_flushes: bool,
+}
+
+impl Shape {
+    /// 4 KiB pages in one slot.
+    pub fn new(vcpus: u32, pages: u64) -> Self {
+        Self { vcpus, pages, slots: 1, level: Level::L1, forget_flushes: false }
+    }
+
+    /// Where things stand in physical memory.
+    pub fn layout(&self) -> Layout {
+        let stub = 0..256;
+        // One level-1 table per 512 pages, twice (a zap-all builds the new tree while the old one
+        // waits), and what caches and upper levels hold.
+        let tables = self.pages.div_ceil(512) * 3 + 64 * (u64::from(self.vcpus) + 8);
+        // 2 MiB aligned, congruent with the guest's addresses.
+        let data = (stub.end + tables).next_multiple_of(512);
+        Layout { stub: stub.clone(), tables: stub.end..data, data: data..data + self.pages }
+    }
+}
+
+/// Counts that vCPU loops keep beside the MMU's own.
+#[derive(Debug, Default)]
+pub struct Exits {
+    /// Page-fault exits, pinned pages excluded.
+    pub faults: AtomicU64,
+    /// Of those, on a gfn without slot: waited and tried again.
+    pub no_slot: AtomicU64,
+    /// Roots loaded.
+    pub reloads: AtomicU64,
+}
+
+/// A VM.
+pub struct Vmm<F: SpteFormat> {
+    /// The machine.
+    pub machine: Arc<dyn Machine>,
+    /// The MMU under test.
+    pub mmu: Arc<TdpMmu<F, VmmHost>>,
+    /// The right to change memory slots.
+    pub slots: Mutex<SlotWriter>,
+    /// Layout of physical memory.
+    pub layout: Layout,
+    /// Shape it was made with.
+    pub shape: Shape,
+    /// Counts.
+    pub exits: Exits,
+    gates: Arc<Gates>,
+    stop: AtomicBool,
+}
+
+impl<F: SpteFormat> Vmm<F> {
+    /// Build a VM on `machine`, whose memory is laid out as `shape` says.
+    pub fn new(
+        machine: Arc<dyn Machine>,
+        config: SpteConfig<F>,
+        shape: Shape,
+    ) -> Result<Arc<Self>, Error> {
+        let layout = shape.layout();
+        let gates = Gates::new(shape.vcpus);
+        let host = VmmHost::new(
+            Arc::clone(&machine),
+            &layout,
+            Arc::clone(&gates),
+            shape.level,
+            shape.forget_flushes,
+        )?;
+        let limits = SlotLimits::new(1, config.max_gfn_exclusive());
+        let participants = shape.vcpus as usize + 8;
+        let (core, slots) = VmCore::new(host, participants, limits, std::thread::yield_now)?;
+        let mmu = TdpMmu::new(core, config, TdpOptions::default());
+        let vmm = Arc::new(Self {
+            machine,
+            mmu,
+            slots: Mutex::new(slots),
+            layout,
+            shape,
+            exits: Exits::default(),
+            gates,
+            stop: AtomicBool::new(false),
+        });
+        let mut actor = vmm.actor()?;
+        for (index, (linear, physical, pages)) in vmm.machine.pinned().into_iter().enumerate() {
+            let id = PINNED_SLOT + index as u16;
+            vmm.set_slot(&mut actor, id, linear, physical, pages)?;
+        }
+        for slot in 0..vmm.shape.slots {
+            vmm.create_slot(&mut actor, slot)?;
+        }
+        Ok(vmm)
+    }
+
+    /// A handle for a thread that is no vCPU.
+    pub fn actor(&self) -> Result<Actor<VmmHost>, Error> {
+        Ok(self.mmu.vm().actor()?)
+    }
+
+    fn set_slot(
+        &self,
+        actor: &mut Actor<VmmHost>,
+        id: u16,
+        gfn: u64,
+        page: u64,
+        pages: u64,
+    ) -> Result<(), Error> {
+        let request = SlotRequest {
+            as_id: 0,
+            id,
+            base: Gpa::new(gfn * PAGE),
+            bytes: pages * PAGE,
+            hva: Hva::new(self.mmu.vm().host().hva(page)),
+            flags: SlotFlags::empty(),
+        };
+        let mut slots = self.slots.lock().map_err(|_| "a thread panicked holding the slots")?;
+        let _ = self.mmu.set_slot(&mut slots, actor, &request)?;
+        Ok(())
+    }
+
+    /// Data pages of slot `slot`, as offsets into the data.
+    pub fn slot_pages(&self, slot: u64) -> Range<u64> {
+        let per = self.shape.pages.div_ceil(self.shape.slots);
+        (slot * per).min(self.shape.pages)..((slot + 1) * per).min(self.shape.pages)
+    }
+
+    /// Create data slot `slot`.
+    pub fn create_slot(&self, actor: &mut Actor<VmmHost>, slot: u64) -> Result<(), Error> {
+        let pages = self.slot_pages(slot);
+        let physical = self.layout.data.start + pages.start;
+        let count = pages.end - pages.start;
+        self.set_slot(actor, slot as u16, DATA_GFN + pages.start, physical, count)
+    }
+
+    /// Delete data slot `slot`; when this returns no vCPU reaches its pages.
+    pub fn delete_slot(&self, actor: &mut Actor<VmmHost>, slot: u64) -> Result<(), Error> {
+        self.set_slot(actor, slot as u16, DATA_GFN, self.layout.data.start, 0)
+    }
+
+    /// The guest frames of data pages.
+    pub fn gfns(&self, pages: Range<u64>) -> GfnRange {
+        GfnRange::new(Gfn::new(DATA_GFN + pages.start), Gfn::new(DATA_GFN + pages.end))
+    }
+
+    /// All guest data.
+    pub fn all_gfns(&self) -> GfnRange {
+        self.gfns(0..self.shape.pages)
+    }
+
+    /// The share of the data pages that belongs to one vCPU.
+    pub fn share(&self, vcpu: u32) -> Range<u64> {
+        let (vcpu, vcpus) = (u64::from(vcpu), u64::from(self.shape.vcpus));
+        self.shape.pages * vcpu / vcpus..self.shape.pages * (vcpu + 1) / vcpus
+    }
+
+    /// Tell every vCPU loop to end.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Was [`stop`](Self::stop) called?
+    pub fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Create vCPU `id`.
+    pub fn vcpu(self: &Arc<Self>, id: u32) -> Result<VmmVcpu<F>, Error> {
+        Ok(VmmVcpu {
+            vmm: Arc::clone(self),
+            id,
+            machine: self.machine.vcpu(id)?,
+            tdp: TdpVcpu::new(&self.mmu, 0)?,
+            loaded: None,
+            handling_ns: None,
+        })
+    }
+
+    /// Run one closure per vCPU, each on a thread of its own.
+    pub fn on_all<T: Send>(
+        self: &Arc<Self>,
+        vcpus: &mut [VmmVcpu<F>],
+        work: impl Fn(&mut VmmVcpu<F>) -> Result<T, Error> + Sync,
+    ) -> Result<Vec<T>, Error> {
+        std::thread::scope(|scope| {
+            let work = &work;
+            let threads: Vec<_> =
+                vcpus.iter_mut().map(|vcpu| scope.spawn(move || work(vcpu))).collect();
+            let join = |thread: std::thread::ScopedJoinHandle<'_, Result<T, Error>>| {
+                thread.join().map_err(|_| Error::from("a vCPU thread panicked"))?
+            };
+            threads.into_iter().map(join).collect()
+        })
+    }
+
+    /// Give everything back and check that nothing is left. Call when all vCPUs are dropped.
+    pub fn teardown(self: Arc<Self>, report: &mut Report) -> Result<(), Error> {
+        let mut actor = self.actor()?;
+        let stats = self.mmu.vm().stats();
+        match self.mmu.check(&mut actor) {
+            Ok(tree) => {
+                let gauges = [
+                    stats.get(Counter::Pages4K),
+                    stats.get(Counter::Pages2M),
+                    stats.get(Counter::Pages1G),
+                ];
+                let ok = tree.leaves == gauges && tree.tables == stats.get(Counter::Tables);
+                let tables = stats.get(Counter::Tables);
+                let detail = format!(
+                    "leaves {:?} and {} tables recounted, gauges {gauges:?} and {tables}",
+                    tree.leaves, tree.tables
+                );
+                report.check("statistics-equal-a-recount", ok, detail);
+            }
+            Err(error) => report.check("statistics-equal-a-recount", false, error.to_string()),
+        }
+        let zapped = self.mmu.destroy(&mut actor);
+        report.count("pages_mapped_at_the_end", zapped.pages());
+        let owed = stats.get(Counter::FlushOwed);
+        let paid = stats.get(Counter::FlushPaid);
+        drop(actor);
+        let pool = self.mmu.vm().pool();
+        // No section is open any more, so two grace periods pass at once.
+        let waiting = (0..4).map(|_| pool.poll()).last().unwrap_or(0);
+        let in_use = pool.frames_in_use();
+        report.check(
+            "frames-in-use-0",
+            in_use == 0,
+            format!("{in_use} of {} frames", pool.frames_provided()),
+        );
+        report.check("retired-queue-drained", waiting == 0, format!("{waiting} frames waiting"));
+        report.check("flush-debts-0", owed == paid, format!("{owed} owed, {paid} paid"));
+        for counter in [
+            Counter::PfTaken,
+            Counter::PfFixed,
+            Counter::PfFast,
+            Counter::PfSpurious,
+            Counter::PfRetry,
+            Counter::CasLost,
+            Counter::LeavesZapped,
+            Counter::LeavesAged,
+            Counter::FlushRequests,
+        ] {
+            report.count(counter.name(), stats.get(counter));
+        }
+        report.count("spurious", stats.get(Counter::PfSpurious));
+        report.count("grace_periods", pool.grace_periods());
+        Ok(())
+    }
+}
+
+/// A vCPU and the thread-side of its MMU.
+pub struct VmmVcpu<F: SpteFormat> {
+    vmm: Arc<Vmm<F>>,
+    /// Its number.
+    pub id: u32,
+    machine: Box<dyn machine::Vcpu>,
+    tdp: TdpVcpu<F, VmmHost>,
+    /// The root the machine was given.
+    loaded: Option<u64>,
+    /// When set, the time each fault took in the MMU is noted.
+    pub handling_ns: Option<Vec<u64>>,
+}
+
+impl<F: SpteFormat> VmmVcpu<F> {
+    /// The VM.
+    pub fn vmm(&self) -> &Arc<Vmm<F>> {
+        &self.vmm
+    }
+
+    /// Run a guest program to its end.
+    pub fn run(&mut self, command: &Command) -> Result<machine::Report, Error> {
+        self.machine.start(command)?;
+        loop {
+            self.enter()?;
+            let exit = self.machine.run();
+            self.vmm.gates.leave(self.id);
+            match exit? {
+                Exit::Done(report) => return Ok(report),
+                Exit::Kicked => {}
+                Exit::Fault { gva, error } => self.fault(gva, error)?,
+            }
+        }
+    }
+
+    /// Run a guest program over data pages.
+    pub fn run_pages(
+        &mut self,
+        op: machine::Op,
+        pages: Range<u64>,
+        tag: u64,
+        rounds: u64,
+    ) -> Result<machine::Report, Error> {
+        let start = (DATA_GFN + pages.start) * PAGE;
+        let pages = pages.end - pages.start;
+        if pages == 0 {
+            return Ok(machine::Report::default());
+        }
+        self.run(&Command { op, start, pages, stride: 1, tag, rounds })
+    }
+
+    /// Announce entry with a root that is current.
+    fn enter(&mut self) -> Result<(), Error> {
+        loop {
+            self.vmm.gates.enter(self.id);
+            if self.loaded.is_some() && self.tdp.root_is_current() {
+                return Ok(());
+            }
+            self.vmm.gates.leave(self.id);
+            let root = self.tdp.load_root()?;
+            for (linear, _, pages) in self.vmm.machine.pinned() {
+                let range = GfnRange::from_len(Gfn::new(linear), pages);
+                let done = self.tdp.prefault(range, Access::WRITE)?;
+                if done != range.end && self.tdp.root_is_current() {
+                    return Err(format!("pinned page {done} cannot be mapped").into());
+                }
+            }
+            self.machine.set_root(root.get())?;
+            self.loaded = Some(root.get());
+            self.vmm.exits.reloads.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn fault(&mut self, gva: u64, error: u32) -> Result<(), Error> {
+        self.vmm.exits.faults.fetch_add(1, Ordering::Relaxed);
+        let code = PfErrorCode::from_bits_retain(u64::from(error));
+        let fault = PageFault::new(Gpa::new(gva), code);
+        let begun = self.handling_ns.is_some().then(Instant::now);
+        let outcome = self.tdp.fault(&fault)?;
+        if let (Some(begun), Some(times)) = (begun, &mut self.handling_ns) {
+            times.push(begun.elapsed().as_nanos() as u64);
+        }
+        match outcome {
+            FaultOutcome::Fixed | FaultOutcome::Spurious | FaultOutcome::Retry => Ok(()),
+            FaultOutcome::Emulate(reason) => {
+                // Its slot may be on its way back; a guest access to nothing at all is an error.
+                if self.vmm.shape.slots > 1 && !self.vmm.stopped() {
+                    self.vmm.exits.no_slot.fetch_add(1, Ordering::Relaxed);
+                    std::thread::yield_now();
+                    return Ok(());
+                }
+                Err(format!("guest access at {gva:#x} must be emulated: {reason}").into())
+            }
+            FaultOutcome::WriteProtected => {
+                Err(format!("guest write at {gva:#x} hit a write-protected page").into())
+            }
+        }
+    }
+}
