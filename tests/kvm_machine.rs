@@ -6,6 +6,7 @@ mod kvm;
 #[path = "../examples/mini_vmm/machine.rs"]
 mod machine;
 
+use std::hint;
 use std::ops::Range;
 use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
@@ -194,10 +195,10 @@ fn command(op: Op, first: u64, pages: u64, rounds: u64) -> Command {
     Command { op, start: (DATA + first) * PAGE, pages, stride: 1, tag: 7, rounds }
 }
 
-/// Rounds over `pages` pages that take half a minute: endless for those who end it by a kick, and
+/// Rounds over `pages` pages that take a minute: endless for those who end it by a kick, and
 /// an end of a test in which the kick gets lost.
 fn endless(pages: u64) -> u64 {
-    5_000_000_000 / pages
+    20_000_000_000 / pages
 }
 
 /// Ends a loop, also when a panic unwinds.
@@ -569,6 +570,37 @@ fn kicks_at_any_moment_lose_nothing() {
     });
     eprintln!("runs ended by kicks: {}", kicks.load(SeqCst));
     assert!(kicks.load(SeqCst) > 0);
+}
+
+/// A flush just after the one before meets the vCPU on its way in: it must come out again, however
+/// far it got.
+#[test]
+fn a_structural_flush_meets_a_vcpu_at_any_point_of_entry() {
+    let test = "a_structural_flush_meets_a_vcpu_at_any_point_of_entry";
+    let Some(world) = World::new(test, 1, 4) else {
+        return;
+    };
+    let work = || {
+        let mut vcpu = world.vcpu(0);
+        world.drive(&mut *vcpu, &command(Op::Increment, 0, 1, endless(1)));
+    };
+    thread::scope(|scope| {
+        let running = [scope.spawn(work)];
+        until("the guest runs", || world.data(0, 8) != 0);
+        let everything = Flush { everything: true, ..NOTHING };
+        let mut longest = Duration::ZERO;
+        for turn in 0..3000u32 {
+            // How far it gets depends on how long we wait.
+            (0..turn % 64 * 16).for_each(|_| hint::spin_loop());
+            let start = Instant::now();
+            world.flush(&everything);
+            longest = longest.max(start.elapsed());
+        }
+        eprintln!("the longest of 3000 structural flushes: {longest:?}");
+        assert!(longest < Duration::from_secs(2), "a vCPU was not told to come out");
+        assert!(!running[0].is_finished());
+        world.finish(&running);
+    });
 }
 
 #[test]

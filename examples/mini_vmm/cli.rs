@@ -24,17 +24,6 @@ pub enum FormatChoice {
     Ept,
 }
 
-impl FormatChoice {
-    /// The name the option takes.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Legacy => "legacy",
-            Self::Npt => "npt",
-            Self::Ept => "ept",
-        }
-    }
-}
-
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct Options {

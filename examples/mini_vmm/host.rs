@@ -96,11 +96,6 @@ impl VmmHost {
         Ok(Self { machine, arena, layout, gates, base, level, forget_flushes })
     }
 
-    /// The machine.
-    pub fn machine(&self) -> &Arc<dyn Machine> {
-        &self.machine
-    }
-
     /// Where physical page `page` is mapped in the VMM: what a slot's `hva` is.
     pub fn hva(&self, page: u64) -> u64 {
         self.base + page * PAGE

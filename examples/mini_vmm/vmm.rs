@@ -4,7 +4,7 @@
 //! [`Vmm::teardown`], which checks that nothing is left.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -86,7 +86,6 @@ pub struct Vmm<F: SpteFormat> {
     /// Counts.
     pub exits: Exits,
     gates: Arc<Gates>,
-    stop: AtomicBool,
 }
 
 impl<F: SpteFormat> Vmm<F> {
@@ -117,7 +116,6 @@ impl<F: SpteFormat> Vmm<F> {
             shape,
             exits: Exits::default(),
             gates,
-            stop: AtomicBool::new(false),
         });
         let mut actor = vmm.actor()?;
         for (index, (linear, physical, pages)) in vmm.machine.pinned().into_iter().enumerate() {
@@ -189,16 +187,6 @@ impl<F: SpteFormat> Vmm<F> {
     pub fn share(&self, vcpu: u32) -> Range<u64> {
         let (vcpu, vcpus) = (u64::from(vcpu), u64::from(self.shape.vcpus));
         self.shape.pages * vcpu / vcpus..self.shape.pages * (vcpu + 1) / vcpus
-    }
-
-    /// Tell every vCPU loop to end.
-    pub fn stop(&self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-
-    /// Was [`stop`](Self::stop) called?
-    pub fn stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
     }
 
     /// Create vCPU `id`.
@@ -368,10 +356,15 @@ impl<F: SpteFormat> VmmVcpu<F> {
             times.push(begun.elapsed().as_nanos() as u64);
         }
         match outcome {
-            FaultOutcome::Fixed | FaultOutcome::Spurious | FaultOutcome::Retry => Ok(()),
+            FaultOutcome::Fixed | FaultOutcome::Spurious => Ok(()),
+            FaultOutcome::Retry => {
+                // Somebody is taking the page away; let them.
+                std::thread::yield_now();
+                Ok(())
+            }
             FaultOutcome::Emulate(reason) => {
                 // Its slot may be on its way back; a guest access to nothing at all is an error.
-                if self.vmm.shape.slots > 1 && !self.vmm.stopped() {
+                if self.vmm.shape.slots > 1 {
                     self.vmm.exits.no_slot.fetch_add(1, Ordering::Relaxed);
                     std::thread::yield_now();
                     return Ok(());

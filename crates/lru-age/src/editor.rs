@@ -6,7 +6,7 @@
 //! Order of stores, for readers: words before the summary when a block becomes 4 KiB pages, summary
 //! before the words when it becomes huge ([`crate::summary`]); the window last ([`crate::gen`]).
 
-use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::addr::{GfnRange, Level};
 use mmu_core::sync::AtomicU64;
 
 use crate::r#gen::{ACTIVE_GENS, GenWindow, Label, MIN_NR_GENS};
@@ -14,7 +14,7 @@ use crate::index::Map;
 use crate::pass::PassCounts;
 use crate::region::Region;
 use crate::summary::{self, Summary, Tally};
-use crate::table::{AgeTable, is_whole, maps, reindex};
+use crate::table::{AgeTable, maps};
 use crate::word::{self, BLOCK_PAGES, Block, FULL, Mask, Planes, Rules, is_empty, mask};
 
 const _: () = assert!(ACTIVE_GENS <= MIN_NR_GENS, "the active generations always exist");
@@ -69,8 +69,8 @@ impl<'t> AgeEditor<'t> {
         counts.unmapped_now
     }
 
-    /// The tracked pages of `range` were used: seen outside a pass, as by a look-around. A huge
-    /// leaf is used as a whole. Returns `young`, `promoted` and `second_chance`.
+    /// The tracked pages of `range` were used: seen outside a pass, as by a look-around. A 2 MiB
+    /// block under a huge leaf is used as a whole. Returns `young`, `promoted` and `second_chance`.
     pub fn touch(&mut self, range: GfnRange, promotion: Promotion) -> PassCounts {
         let mut counts = PassCounts::default();
         let rules = self.rules(promotion);
@@ -125,15 +125,14 @@ impl<'t> AgeEditor<'t> {
         // The common answers cost one word: nothing used in a full block, nothing in an empty one.
         if is_empty(young) {
             let nothing = old == Summary::EMPTY && is_empty(present);
-            if nothing || (old.total() == BLOCK_PAGES && !old.is_huge() && is_whole(present)) {
+            if nothing || (old.total() == BLOCK_PAGES && !old.is_huge() && *present == FULL) {
                 return;
             }
         }
         if old.is_huge() {
-            let words = Planes::uniform(u64::MAX, old.huge_label(), old.referenced()).to_words();
             for (group, full) in pages.iter().zip(FULL) {
-                let planes = Planes::from_words(words).observe(u64::MAX, full, 0, rules);
-                word::store(group, [0; 4], planes.after.to_words());
+                let split = Planes::uniform(full, old.huge_label(), old.referenced());
+                word::store(group, [0; 4], split.to_words());
             }
         }
         let (left, entered) = observe_pages(pages, looked, present, young, rules, counts);
@@ -201,7 +200,7 @@ impl<'t> AgeEditor<'t> {
     }
 
     /// Open a new youngest generation at `now_ms`; the oldest is folded into the next when there
-    /// are as many as there may be (row 5.23). Returns the pages folded. False when the numbers are
+    /// are as many as there may be (row 5.23). Returns the pages folded; `None` when the numbers are
     /// exhausted, and nothing changed.
     pub(crate) fn open_generation(&mut self, now_ms: u64) -> Option<u64> {
         let next = self.window.advanced()?;
@@ -209,11 +208,9 @@ impl<'t> AgeEditor<'t> {
         if self.window.nr_gens() >= self.window.max_gens() {
             folded = self.fold();
         }
-        debug_assert_eq!(self.window.max_seq().younger_by(next.max_seq()), 0);
         self.table.set_birth_ms(next.max_seq().generation(), now_ms);
         self.publish(self.window.advanced()?);
-        while self.window.nr_gens() > MIN_NR_GENS
-            && self.table.pages_in(self.window.min_seq()) == 0
+        while self.window.nr_gens() > MIN_NR_GENS && self.table.pages_in(self.window.min_seq()) == 0
         {
             self.publish(self.window.trimmed());
         }
@@ -229,7 +226,6 @@ impl<'t> AgeEditor<'t> {
         let (folded, kept) = (self.table.pages_in(oldest), self.table.pages_in(next));
         let (oldest, next) = (self.window.label(oldest), self.window.label(next));
         let (from, to) = if folded <= kept { (oldest, next) } else { (next, oldest) };
-        drop(oldest_two);
         for region in self.table.regions() {
             let mut at = 0;
             while let Some(block) = region.index().next(Map::holding(from), at) {
@@ -269,8 +265,7 @@ impl<'t> AgeEditor<'t> {
         }
         summary::store(cell, new);
         self.table.totals().replace(old, new);
-        let (old_maps, new_maps) = (maps(old, self.by_age), maps(new, self.by_age));
-        reindex(region.index(), block, old_maps, new_maps);
+        region.index().update(block, maps(old, self.by_age), maps(new, self.by_age));
     }
 
     /// The youngest label that a block holds.
@@ -325,16 +320,4 @@ fn clear(pages: &Block) {
     for group in pages {
         word::store(group, word::load_own(group), [0; 4]);
     }
-}
-
-/// The gfns of one block of a region that lie inside `range`.
-pub(crate) fn block_part(region: &Region, block: u64, range: GfnRange) -> GfnRange {
-    let base = region.base_of(block);
-    let whole = GfnRange::new(base, base.saturating_add(BLOCK_PAGES));
-    whole.intersection(range)
-}
-
-/// Is a gfn range exactly one block?
-pub(crate) fn is_block(base: Gfn, range: GfnRange) -> bool {
-    range.start == base && range.len() == BLOCK_PAGES
 }

@@ -139,9 +139,7 @@ impl GenWindow {
     }
 
     const fn pack(max: u64, len: u64, limit: u64, labels: u64) -> Self {
-        Self(
-            (max << SEQ_SHIFT) | ((limit - 1) << LIMIT_SHIFT) | ((len - 1) << LEN_SHIFT) | labels,
-        )
+        Self((max << SEQ_SHIFT) | ((limit - 1) << LIMIT_SHIFT) | ((len - 1) << LEN_SHIFT) | labels)
     }
 
     /// The youngest generation.

@@ -10,7 +10,7 @@ use alloc::boxed::Box;
 
 use arrayvec::ArrayVec;
 use mmu_core::addr::{to_index, to_u64};
-use mmu_core::sync::{AtomicU64, Ordering};
+use mmu_core::sync::plain::{AtomicU64, Ordering};
 
 use crate::r#gen::Label;
 use crate::region::zeroed;

@@ -5,8 +5,7 @@
 
 use alloc::boxed::Box;
 
-use mmu_core::addr::{Gfn, GfnRange, Level};
-use mmu_core::addr::to_index;
+use mmu_core::addr::{Gfn, GfnRange, Level, to_index};
 use mmu_core::sync::AtomicU64;
 
 use crate::index::BlockIndex;
@@ -92,7 +91,7 @@ fn blocks_of(range: GfnRange) -> u64 {
 /// hosts: words that no 4 KiB page ever uses cost address space only.
 #[cfg(not(loom))]
 pub(crate) fn zeroed<T: zerocopy::FromZeros>(count: u64) -> Option<Box<[T]>> {
-    <[T]>::new_box_zeroed_with_elems(to_index(count)).ok()
+    zerocopy::FromZeros::new_box_zeroed_with_elems(to_index(count)).ok()
 }
 
 /// The same where the model checker's atomics have no all-zero form.

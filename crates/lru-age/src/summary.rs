@@ -81,9 +81,9 @@ impl Summary {
     /// One bit per label: are there pages with it?
     #[inline]
     pub(crate) fn labels(self) -> u64 {
-        Label::ALL.iter().fold(0, |set, &label| {
-            set | u64::from(self.count(label) != 0) << label.get()
-        })
+        Label::ALL
+            .iter()
+            .fold(0, |set, &label| set | u64::from(self.count(label) != 0) << label.get())
     }
 
     /// The one label of a huge block.

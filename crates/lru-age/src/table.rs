@@ -10,15 +10,14 @@
 use alloc::vec::Vec;
 
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
-use mmu_core::sync::{AtomicBool, AtomicU64, Ordering};
+use mmu_core::sync::{AtomicU64, Ordering, plain};
 
 use crate::editor::AgeEditor;
 use crate::error::{AgeError, Inconsistency};
 use crate::r#gen::{GenWindow, Generation, Label, Seq, WindowCell};
-use crate::index::BlockIndex;
 use crate::region::Region;
 use crate::summary::{self, Summary, Tally};
-use crate::word::{self, FULL, Mask, Planes, is_empty};
+use crate::word::{self, FULL, Planes};
 
 /// Retries of a read that the editor disturbed; each needs another change to the same block or a
 /// whole pass in between.
@@ -43,7 +42,8 @@ pub struct AgeTable {
     totals: Totals,
     /// When each generation was opened, by slot.
     births_ms: [AtomicU64; 4],
-    editing: AtomicBool,
+    /// 1 while an editor is open.
+    editing: AtomicU64,
 }
 
 /// How old a page is.
@@ -73,11 +73,12 @@ impl AgeTable {
             window: WindowCell::new(window),
             totals: Totals::default(),
             births_ms: [(); 4].map(|()| AtomicU64::new(now_ms)),
-            editing: AtomicBool::new(false),
+            editing: AtomicU64::new(0),
         }
     }
 
-    /// Start to keep ages for `range`, usually a new memslot. Nothing is tracked in it yet.
+    /// Start to keep ages for `range`, usually a new memslot. Nothing is tracked in it yet. A huge
+    /// leaf that reaches into two ranges has one accessed bit: the lower range gets to see it.
     ///
     /// # Errors
     /// Nothing changed: [`AgeError::EmptyRange`], [`AgeError::OutOfAddressSpace`],
@@ -201,8 +202,7 @@ impl AgeTable {
     pub fn edit(&self) -> Result<AgeEditor<'_>, AgeError> {
         // ORDERING[age-editor]: Acquire. Pairs with Release in `close`. Everything that earlier
         // editors stored is visible to this one, whose own loads may then be Relaxed.
-        let claim =
-            self.editing.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
+        let claim = self.editing.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed);
         claim.map(|_| AgeEditor::opened(self)).map_err(|_| AgeError::Busy)
     }
 
@@ -210,7 +210,7 @@ impl AgeTable {
     pub(crate) fn close(&self) {
         // ORDERING[age-editor]: Release. Pairs with Acquire in `edit`. Publishes: everything that
         // the editor stored.
-        self.editing.store(false, Ordering::Release);
+        self.editing.store(0, Ordering::Release);
     }
 
     pub(crate) const fn window_cell(&self) -> &WindowCell {
@@ -330,14 +330,9 @@ pub(crate) fn maps(summary: Summary, by_age: [Label; 4]) -> u64 {
     held | youngest.map_or(0, |label| 16 << label.get())
 }
 
-/// Does a mask of the pages of `block` hold all of it, inside its range?
-pub(crate) fn is_whole(mask: &Mask) -> bool {
-    !is_empty(mask) && *mask == FULL
-}
-
 /// Pages per label and leaf size, written by the holder of the editor.
 #[derive(Debug, Default)]
-pub(crate) struct Totals([[AtomicU64; 4]; PAGE_SIZES]);
+pub(crate) struct Totals([[plain::AtomicU64; 4]; PAGE_SIZES]);
 
 impl Totals {
     /// Pages with `label`, by leaf size.
@@ -374,12 +369,5 @@ impl Totals {
             // editor stores, so load and store need not be one operation.
             total.store(total.load(Ordering::Relaxed) + entered - left, Ordering::Relaxed);
         }
-    }
-}
-
-/// The index of a region is part of the editor's writes.
-pub(crate) fn reindex(index: &BlockIndex, block: u64, old: u64, new: u64) {
-    if old != new {
-        index.update(block, old, new);
     }
 }

@@ -280,7 +280,11 @@ mod tests {
             let (was, referenced, present, young) = (bit(0), bit(0) && bit(1), bit(2), bit(3));
             let (old, immediate) = (Label::new(case >> 4), spread(case >> 6 & 1));
             let at = 1 << 40;
-            let before = if was { Planes::uniform(at, old, referenced) } else { Planes::uniform(0, old, false) };
+            let before = if was {
+                Planes::uniform(at, old, referenced)
+            } else {
+                Planes::uniform(0, old, false)
+            };
             let flag = |on: bool| if on { at } else { 0 };
             let seen = before.observe(at, flag(present), flag(young), rules(1, immediate));
             let used = was && present && young;

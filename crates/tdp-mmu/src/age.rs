@@ -32,6 +32,9 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         request: AgeRequest,
         sink: &mut S,
     ) -> AgeReport {
+        if request.mode == AgeMode::Clear {
+            self.unflushed().note(request.range);
+        }
         let mut total = AgeReport::empty(request.range.end);
         let mut debt = FlushDebt::new();
         let mut range = request.range;
@@ -49,7 +52,17 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
             range.end = range.end.min(next);
             first = false;
         }
-        reader.stats().add(Counter::LeavesAged, total.young);
+        if request.mode != AgeMode::Test {
+            reader.stats().add(Counter::LeavesAged, total.young);
+        }
+        if request.mode == AgeMode::ClearFlush {
+            // What was aged without a flush before may still hide accesses in TLBs.
+            let done = GfnRange::new(request.range.start, total.next);
+            if let Some(due) = self.unflushed().take(done) {
+                reader.stats().inc(Counter::FlushOwed);
+                debt.owe(due);
+            }
+        }
         if debt.is_empty() {
             drop(debt);
         } else {

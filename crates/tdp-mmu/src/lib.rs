@@ -28,6 +28,7 @@ mod map;
 pub mod mmu;
 pub mod root;
 mod split;
+mod unflushed;
 pub mod vcpu;
 pub mod walk;
 pub mod zap;

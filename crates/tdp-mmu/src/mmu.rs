@@ -15,6 +15,7 @@ use mmu_core::traits::Host;
 use mmu_core::vm::{Actor, VmCore};
 
 use crate::root::{RootFilter, Roots};
+use crate::unflushed::Unflushed;
 
 /// Policy of a [`TdpMmu`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +37,7 @@ pub struct TdpMmu<F: SpteFormat, H: Host> {
     config: SpteConfig<F>,
     options: TdpOptions,
     roots: Roots,
+    unflushed: Unflushed,
 }
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
@@ -43,7 +45,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[must_use]
     pub fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, options: TdpOptions) -> Arc<Self> {
         let roots = Roots::new();
-        Arc::new(Self { vm, config, options, roots })
+        Arc::new(Self { vm, config, options, roots, unflushed: Unflushed::new() })
     }
 
     /// The VM.
@@ -70,6 +72,11 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[inline]
     pub(crate) fn roots(&self) -> &Roots {
         &self.roots
+    }
+
+    #[inline]
+    pub(crate) fn unflushed(&self) -> &Unflushed {
+        &self.unflushed
     }
 
     /// Role of the root that a vCPU in address space `space` uses.

@@ -5,8 +5,8 @@
 //! caller's [`SlotRequest`] (`request`) against the current set and says what would change.
 //! [`max_level`] (`hugepage`) is how large a page a slot's geometry allows.
 //!
-//! All of it is pure: no locks, no atomics, no ordering. Whoever changes a set holds it by `&mut`;
-//! readers share sets that a publisher no longer writes to.
+//! All of that is pure: no locks, no atomics, no ordering. Whoever changes a set holds it by
+//! `&mut`; readers share sets that are no longer written to. Only [`table`] publishes.
 
 mod hugepage;
 mod request;

@@ -54,7 +54,8 @@ fn any_hint_is_correct() {
 #[test]
 fn lookups_at_the_ends_of_the_number_line() {
     let top = (1 << 52) - 1;
-    let set = set_of(&[slot(0, 0, 0, 1), at_host_page(slot(0, 1, top, 1), top)]);
+    let last = Memslot { base_gfn: Gfn::new(top), ..at_host_page(slot(0, 1, 0, 1), top) };
+    let set = set_of(&[slot(0, 0, 0, 1), last]);
     assert_eq!(set.find(0, Gfn::new(0)).map(|slot| slot.id), Some(0));
     assert_eq!(set.find(0, Gfn::new(top)).map(|slot| slot.id), Some(1));
     for gfn in [1, top - 1, top + 1, u64::MAX - 1, u64::MAX] {

@@ -92,10 +92,10 @@ fn hva_not_canonical() {
     for bits in [48, 57] {
         let limits = SlotLimits { hva_bits: bits, ..LIMITS };
         let half = 1 << (bits - 1);
-        // The last one is a good address with a tag in the top byte.
+        // The last one is a good address with a tag in bits 57 to 62.
         for hva in [half, half + PAGE_SIZE, 1 << 62, 1 << 63, half.wrapping_neg() - PAGE_SIZE]
             .into_iter()
-            .chain([0xff << 56 | 64 * MIB])
+            .chain([(0x3f << 57) | (64 * MIB)])
             .map(Hva::new)
         {
             let want = SlotError::HvaNotCanonical { hva, bits };
@@ -105,8 +105,13 @@ fn hva_not_canonical() {
             creates(&limits, SlotRequest { hva: Hva::new(hva), ..GOOD });
         }
     }
-    for (hva_bits, hva) in [(0, 0), (1, 1 << 62), (63, 0), (64, 1 << 62), (u32::MAX, 0)] {
+    for (hva_bits, hva) in [(63, 0), (64, 1 << 62), (65, 0), (u32::MAX, 1 << 63)] {
         creates(&SlotLimits { hva_bits, ..LIMITS }, SlotRequest { hva: Hva::new(hva), ..GOOD });
+    }
+    for hva_bits in [0, 1] {
+        let limits = SlotLimits { hva_bits, ..LIMITS };
+        let want = SlotError::HvaNotCanonical { hva: GOOD.hva, bits: hva_bits };
+        refused_by(&Memslots::new(&limits), &limits, GOOD, want);
     }
 }
 
@@ -168,7 +173,7 @@ fn gpa_wraps() {
 #[test]
 fn too_many_pages() {
     let limit = (1 << 31) - 1;
-    for pages in [limit + 1, limit + 2, 1 << 32, (1 << 44) - 1] {
+    for pages in [limit + 1, limit + 2, 1 << 32, (1 << 43) + 1] {
         let bytes = pages << PAGE_SHIFT;
         refused(SlotRequest { bytes, ..GOOD }, SlotError::TooManyPages { pages, limit });
     }

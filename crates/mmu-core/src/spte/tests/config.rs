@@ -147,6 +147,7 @@ fn encryption_bits_are_not_frame_bits() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn pae_entries_never_use_the_high_bits() {
     for caps in [
         Capabilities::pae(),

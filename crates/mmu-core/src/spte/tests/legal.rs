@@ -47,6 +47,7 @@ impl Flags {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn every_flag_combination_is_classified_and_judged_as_the_model_says() {
     let mut test = Flags { seen: 0 };
     each_format(&mut test);
@@ -126,6 +127,7 @@ impl Pairs {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn every_pair_of_near_legal_values_is_judged_as_the_model_says() {
     let mut test = Pairs { legal: 0, refused: 0 };
     each_format(&mut test);
@@ -161,6 +163,7 @@ impl ForFormat for Every {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn every_configuration_is_judged_as_the_model_says() {
     each_format(&mut Every);
 }

@@ -128,6 +128,7 @@ impl AllSpecs {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn every_specification_makes_a_leaf_that_follows_the_rules() {
     let mut test = AllSpecs { leaves: 0 };
     each_format(&mut test);
@@ -224,6 +225,7 @@ impl Splits {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn children_of_a_split_translate_like_the_huge_page_and_collapse_back() {
     let mut test = Splits { children: 0 };
     each_format(&mut test);

@@ -77,6 +77,7 @@ fn check_l1tf(caps: &Capabilities, spte: Spte) {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn entries_round_trip_and_hardware_rejects_them_at_every_width() {
     let mut test = Widths { entries: 0 };
     each_format(&mut test);
@@ -84,6 +85,7 @@ fn entries_round_trip_and_hardware_rejects_them_at_every_width() {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn all_generations_round_trip_and_more_bits_are_cut() {
     let ept = config::<Ept>(Capabilities::ept());
     let npt = config::<Npt>(Capabilities::npt());

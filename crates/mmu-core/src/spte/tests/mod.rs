@@ -15,6 +15,8 @@ mod mmio;
 mod model;
 mod permit;
 mod random;
+// The bit positions of hardware, which the small tables of loom models do not have.
+#[cfg(not(loom))]
 mod reserved;
 mod track;
 

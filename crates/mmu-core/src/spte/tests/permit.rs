@@ -23,6 +23,7 @@ impl ForFormat for Permits {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn permits_agrees_with_access() {
     each_format(&mut Permits);
 }
@@ -67,6 +68,7 @@ impl ForFormat for Made {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn a_leaf_permits_what_was_asked_and_no_more() {
     each_format(&mut Made);
 }

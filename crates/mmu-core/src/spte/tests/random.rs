@@ -45,6 +45,7 @@ fn nearly<F: Rules>(pfn: u64, flips: [u32; 2], pick: usize) {
 
 proptest! {
     #[test]
+    #[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
     fn any_two_values_are_judged_without_panic(old: u64, new: u64, pick: usize) {
         total::<Ept>(old, new, pick);
         total::<Npt>(old, new, pick);
@@ -52,6 +53,7 @@ proptest! {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
     fn a_leaf_with_flipped_bits_is_judged_as_the_model_says(
         pfn in 0..1u64 << 24, flips in [0u32..64, 0u32..64], pick: usize,
     ) {

@@ -41,7 +41,6 @@ fn check<F: SpteFormat>(params: &ReservedParams, level: Level, base: u64, table:
     }
 }
 
-#[cfg(not(loom))]
 #[test]
 fn ept_single_bits() {
     for width in WIDTHS {
@@ -61,7 +60,6 @@ fn ept_single_bits() {
     }
 }
 
-#[cfg(not(loom))]
 #[test]
 fn four_and_five_level_legacy_single_bits() {
     for width in WIDTHS {
@@ -87,7 +85,6 @@ fn four_and_five_level_legacy_single_bits() {
     }
 }
 
-#[cfg(not(loom))]
 #[test]
 fn pae_single_bits() {
     for width in WIDTHS {

@@ -57,6 +57,7 @@ impl Flags {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn aging_is_idempotent_and_restoring_brings_back_all_but_w() {
     let mut test = Flags { tracked: 0 };
     each_format(&mut test);

@@ -1,0 +1,443 @@
+//! `AgeTable` and `AgePass` against a model that knows pages one by one and nothing of words, blocks
+//! or labels. Every failure prints its seed; `LRU_AGE_SEED=n` runs one seed alone.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use crate::fake::{BLOCK, FakeMmu, Leaf, Rng, range};
+use lru_age::{
+    AgePass, AgeTable, Gaps, GenWindow, Histogram, MIN_NR_GENS, PassCounts, PassOptions, Promotion,
+    Seq, candidates, cold_blocks,
+};
+use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::traits::AgeMode;
+
+const BLOCKS: u64 = 9;
+const PAGES: u64 = BLOCKS * BLOCK;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Page {
+    seq: u64,
+    referenced: bool,
+    level: Level,
+}
+
+/// What the table should hold.
+#[derive(Clone, Debug)]
+struct Model {
+    min: u64,
+    max: u64,
+    limit: u64,
+    ranges: Vec<Range<u64>>,
+    pages: BTreeMap<u64, Page>,
+    births: BTreeMap<u64, u64>,
+}
+
+impl Model {
+    fn new(window: GenWindow) -> Self {
+        let (min, max) = (window.min_seq().get(), window.max_seq().get());
+        let births = (min..=max).map(|seq| (seq, 0)).collect();
+        let limit = window.max_gens();
+        Self { min, max, limit, ranges: Vec::new(), pages: BTreeMap::new(), births }
+    }
+
+    /// One access to a page that is known.
+    fn access(&mut self, gfn: u64, promotion: Promotion, counts: &mut PassCounts) {
+        let max = self.max;
+        let page = self.pages.get_mut(&gfn).unwrap();
+        if page.referenced || promotion == Promotion::Immediate {
+            counts.promoted += u64::from(page.seq != max);
+            page.seq = max;
+        } else {
+            counts.second_chance += 1;
+        }
+        page.referenced = true;
+    }
+
+    /// What a pass over all ranges does.
+    fn walk(&mut self, mmu: &FakeMmu, options: PassOptions) -> PassCounts {
+        let mut counts = PassCounts::default();
+        let mut end_of_last: u64 = 0;
+        for range in self.ranges.clone() {
+            // One accessed bit for a leaf that reaches into two ranges: the first call clears it.
+            let spent = end_of_last..end_of_last.next_multiple_of(BLOCK);
+            end_of_last = range.end;
+            let mut gfn = range.start;
+            while gfn < range.end {
+                let block = gfn / BLOCK * BLOCK..(gfn / BLOCK + 1) * BLOCK;
+                let part = gfn..block.end.min(range.end);
+                let whole = part == block;
+                gfn = part.end;
+                if mmu.skip_idle && mmu.table_is_idle(part.start) {
+                    if options.gaps == Gaps::Unmapped {
+                        part.for_each(|gfn| self.drop_page(gfn, &mut counts));
+                    }
+                    continue;
+                }
+                match mmu.leaf(part.start) {
+                    Some(leaf) if whole && leaf.level != Level::L1 => {
+                        self.walk_huge(block, leaf, options.promotion, &mut counts);
+                    }
+                    _ => part.for_each(|gfn| {
+                        let leaf = mmu.leaf(gfn).map(|leaf| {
+                            let lost = leaf.level != Level::L1 && spent.contains(&gfn);
+                            Leaf { young: leaf.young && !lost, ..leaf }
+                        });
+                        self.walk_page(gfn, leaf, options, &mut counts);
+                    }),
+                }
+            }
+        }
+        counts
+    }
+
+    fn drop_page(&mut self, gfn: u64, counts: &mut PassCounts) {
+        counts.unmapped_now += u64::from(self.pages.remove(&gfn).is_some());
+    }
+
+    fn walk_page(
+        &mut self,
+        gfn: u64,
+        leaf: Option<Leaf>,
+        options: PassOptions,
+        counts: &mut PassCounts,
+    ) {
+        let Some(leaf) = leaf else { return self.drop_page(gfn, counts) };
+        counts.mapped += 1;
+        counts.young += u64::from(leaf.young);
+        if !self.pages.contains_key(&gfn) {
+            counts.added += 1;
+            let page = Page { seq: self.max, referenced: leaf.young, level: Level::L1 };
+            self.pages.insert(gfn, page);
+        } else if leaf.young {
+            self.access(gfn, options.promotion, counts);
+        }
+        self.pages.get_mut(&gfn).unwrap().level = Level::L1;
+    }
+
+    /// A leaf is as young as the youngest page it replaces, and one access is an access to all.
+    fn walk_huge(
+        &mut self,
+        block: Range<u64>,
+        leaf: Leaf,
+        promotion: Promotion,
+        counts: &mut PassCounts,
+    ) {
+        counts.mapped += BLOCK;
+        counts.young += if leaf.young { BLOCK } else { 0 };
+        let known: Vec<Page> = self.pages.range(block.clone()).map(|(_, &page)| page).collect();
+        let pages = u64::try_from(known.len()).unwrap();
+        counts.added += BLOCK - pages;
+        let mut seq = known.iter().map(|page| page.seq).max().unwrap_or(self.max);
+        let was_referenced = known.iter().any(|page| page.referenced);
+        if leaf.young && pages != 0 {
+            if was_referenced || promotion == Promotion::Immediate {
+                counts.promoted += if seq == self.max { 0 } else { pages };
+                seq = self.max;
+            } else {
+                counts.second_chance += pages;
+            }
+        }
+        let referenced = was_referenced || leaf.young;
+        block.for_each(|gfn| {
+            self.pages.insert(gfn, Page { seq, referenced, level: leaf.level });
+        });
+    }
+
+    /// Returns the pages folded.
+    fn open_generation(&mut self, now_ms: u64) -> u64 {
+        let mut folded = 0;
+        if self.max - self.min + 1 == self.limit {
+            self.min += 1;
+            let min = self.min;
+            for page in self.pages.values_mut().filter(|page| page.seq < min) {
+                page.seq = min;
+                folded += 1;
+            }
+        }
+        self.max += 1;
+        self.births.insert(self.max, now_ms);
+        while self.max - self.min + 1 > MIN_NR_GENS && self.count(self.min) == 0 {
+            self.min += 1;
+        }
+        folded
+    }
+
+    fn count(&self, seq: u64) -> u64 {
+        u64::try_from(self.pages.values().filter(|page| page.seq == seq).count()).unwrap()
+    }
+
+    fn inactive(&self, seq: u64) -> bool {
+        seq + 2 <= self.max
+    }
+
+    /// (first gfn, pages, seq) of every candidate, in order.
+    fn candidates(&self) -> Vec<(u64, u64, u64)> {
+        let mut all = Vec::new();
+        for (&gfn, page) in self.pages.iter().filter(|(_, page)| self.inactive(page.seq)) {
+            if page.level == Level::L1 {
+                all.push((gfn, 1, page.seq));
+            } else if gfn % BLOCK == 0 {
+                all.push((gfn, BLOCK, page.seq));
+            }
+        }
+        all.sort_by_key(|&(gfn, _, seq)| (seq, gfn));
+        all
+    }
+
+    /// The same for whole blocks, by their youngest page. The range that the candidate names, too.
+    fn cold_blocks(&self) -> Vec<(Range<u64>, u64, u64)> {
+        let mut all = Vec::new();
+        for range in &self.ranges {
+            for number in range.start / BLOCK..range.end.div_ceil(BLOCK) {
+                let start = range.start.max(number * BLOCK);
+                let part = start..range.end.min((number + 1) * BLOCK);
+                let seqs: Vec<u64> = self.pages.range(part.clone()).map(|(_, p)| p.seq).collect();
+                if let Some(&seq) = seqs.iter().max() {
+                    all.push((part, u64::try_from(seqs.len()).unwrap(), seq));
+                }
+            }
+        }
+        all.retain(|&(_, _, seq)| self.inactive(seq));
+        all.sort_by_key(|(part, _, seq)| (*seq, part.start));
+        all
+    }
+}
+
+fn compare(model: &Model, table: &AgeTable, now_ms: u64) {
+    table.check().unwrap();
+    let window = table.window();
+    assert_eq!((window.min_seq().get(), window.max_seq().get()), (model.min, model.max));
+    for gfn in 0..PAGES {
+        let kept = table.page_age(Gfn::new(gfn)).map(|age| Page {
+            seq: age.seq.get(),
+            referenced: age.referenced,
+            level: age.level,
+        });
+        assert_eq!(kept, model.pages.get(&gfn).copied(), "gfn {gfn:#x}");
+    }
+    let histogram = Histogram::of(table, now_ms);
+    let seqs: Vec<u64> = histogram.bins().map(|bin| bin.seq.get()).collect();
+    assert_eq!(seqs, (model.min..=model.max).collect::<Vec<_>>());
+    for bin in histogram.bins() {
+        assert_eq!(bin.pages(), model.count(bin.seq.get()));
+        assert_eq!(table.pages_in(bin.seq), bin.pages());
+        assert_eq!(bin.born_ms, model.births[&bin.seq.get()], "generation {}", bin.seq);
+        assert_eq!(bin.age_ms, now_ms - bin.born_ms);
+        let huge = model.pages.values().filter(|page| page.seq == bin.seq.get());
+        let huge = huge.filter(|page| page.level == Level::L2).count();
+        assert_eq!(bin.pages_at(Level::L2), u64::try_from(huge).unwrap());
+    }
+    assert_eq!(table.tracked_pages(), u64::try_from(model.pages.len()).unwrap());
+    let listed: Vec<(u64, u64, u64)> = candidates(table)
+        .map(|found| (found.range.start.get(), found.pages, found.seq.get()))
+        .collect();
+    assert_eq!(listed, model.candidates());
+    let listed: Vec<(Range<u64>, u64, u64)> = cold_blocks(table)
+        .map(|b| (b.range.start.get()..b.range.end.get(), b.pages, b.seq.get()))
+        .collect();
+    assert_eq!(listed, model.cold_blocks());
+}
+
+/// A table, an MMU and the model, driven by one random trace.
+struct Trace {
+    rng: Rng,
+    mmu: FakeMmu,
+    table: AgeTable,
+    model: Model,
+    now_ms: u64,
+}
+
+impl Trace {
+    fn new(seed: u64) -> Self {
+        let mut rng = Rng(seed);
+        let max = if rng.below(4) == 0 { 3 + rng.below(9) } else { 3 };
+        let window = GenWindow::ending_at(Seq::new(max), 3 + rng.below(2)).unwrap();
+        let table = AgeTable::with_window(window, 0);
+        let mut mmu = FakeMmu::new(BLOCKS);
+        mmu.skip_idle = rng.below(4) == 0;
+        Self { rng, mmu, table, model: Model::new(window), now_ms: 0 }
+    }
+
+    fn act(&mut self) {
+        let pages = self.rng.pages(PAGES);
+        match self.rng.below(16) {
+            0 => self.add_range(pages),
+            1 if self.rng.below(6) == 0 => self.remove_range(),
+            2 | 3 => self.mmu.map(pages),
+            4 => self.mmu.unmap(pages),
+            5 => self.mmu.map_huge(pages.start, Level::L2),
+            6 => self.mmu.split(pages.start),
+            7 => self.forget(pages),
+            8 => self.touch(pages),
+            9..12 => pages.for_each(|gfn| self.mmu.touch(gfn)),
+            _ => self.pass(),
+        }
+    }
+
+    fn add_range(&mut self, pages: Range<u64>) {
+        let overlaps = self.model.ranges.iter().any(|r| r.start < pages.end && pages.start < r.end);
+        assert_eq!(self.table.add_range(range(pages.clone())).is_err(), overlaps);
+        if !overlaps {
+            self.model.ranges.push(pages);
+            self.model.ranges.sort_by_key(|range| range.start);
+        }
+    }
+
+    fn remove_range(&mut self) {
+        let count = u64::try_from(self.model.ranges.len()).unwrap();
+        if count != 0 {
+            let at = usize::try_from(self.rng.below(count)).unwrap();
+            let pages = self.model.ranges.remove(at);
+            self.model.pages.retain(|gfn, _| !pages.contains(gfn));
+            self.table.remove_range(range(pages)).unwrap();
+        }
+    }
+
+    fn forget(&mut self, pages: Range<u64>) {
+        let known = u64::try_from(self.model.pages.range(pages.clone()).count()).unwrap();
+        // A block is forgotten page by page; what is left of a huge one counts as split.
+        for gfn in [pages.start, pages.end - 1] {
+            let block = gfn / BLOCK * BLOCK..(gfn / BLOCK + 1) * BLOCK;
+            if pages.start > block.start || pages.end < block.end {
+                self.model.pages.range_mut(block).for_each(|(_, page)| page.level = Level::L1);
+            }
+        }
+        self.model.pages.retain(|gfn, _| !pages.contains(gfn));
+        assert_eq!(self.table.edit().unwrap().forget(range(pages)), known);
+    }
+
+    fn touch(&mut self, pages: Range<u64>) {
+        let promotion = self.promotion();
+        let mut expected = PassCounts::default();
+        let known: Vec<u64> = self
+            .model
+            .pages
+            .iter()
+            .filter(|&(&gfn, page)| {
+                let block = gfn / BLOCK * BLOCK;
+                let huge = page.level != Level::L1;
+                let near = huge && block < pages.end && pages.start < block + BLOCK;
+                near || pages.contains(&gfn)
+            })
+            .map(|(&gfn, _)| gfn)
+            .collect();
+        for gfn in known {
+            expected.young += 1;
+            self.model.access(gfn, promotion, &mut expected);
+        }
+        assert_eq!(self.table.edit().unwrap().touch(range(pages), promotion), expected);
+    }
+
+    fn promotion(&mut self) -> Promotion {
+        if self.rng.below(4) == 0 { Promotion::Immediate } else { Promotion::SecondChance }
+    }
+
+    fn pass(&mut self) {
+        let gaps = if self.mmu.skip_idle && self.rng.below(3) != 0 {
+            Gaps::Unknown
+        } else {
+            Gaps::Unmapped
+        };
+        let options =
+            PassOptions { promotion: self.promotion(), gaps, ..PassOptions::new(AgeMode::Clear) };
+        let before = self.mmu.copy();
+        self.now_ms += 1 + self.rng.below(1000);
+        let mut pass = AgePass::start_with(&self.table, options).unwrap();
+        let mut percent = 0;
+        loop {
+            let budget = self.rng.below(2000);
+            let progress = pass.step(&self.mmu, &mut (), budget);
+            assert!(percent <= progress.percent && progress.percent <= 100);
+            assert_eq!(progress.percent == 100, progress.next.is_none());
+            percent = progress.percent;
+            if progress.next.is_none() {
+                break;
+            }
+            if self.rng.below(3) == 0 {
+                pass = pass.pause().resume(&self.table).unwrap();
+            }
+        }
+        let report = pass.finish(self.now_ms);
+        let mut expected = self.model.walk(&before, options);
+        // What the MMU counts is the MMU's business; the rest is ours.
+        expected.entries = report.counts.entries;
+        if self.mmu.skip_idle {
+            expected.mapped = report.counts.mapped;
+        }
+        assert_eq!(report.counts, expected);
+        assert_eq!(report.folded, self.model.open_generation(self.now_ms));
+        assert!(report.complete);
+    }
+}
+
+#[test]
+fn random_traces_agree_with_the_model_after_every_operation() {
+    let fixed = std::env::var("LRU_AGE_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seeds = fixed.map_or(0..60, |seed| seed..seed + 1);
+    for seed in seeds {
+        println!("LRU_AGE_SEED={seed}");
+        let mut trace = Trace::new(seed);
+        for _ in 0..120 {
+            trace.act();
+            compare(&trace.model, &trace.table, trace.now_ms);
+        }
+    }
+}
+
+/// Everything that can be asked of a table.
+fn dump(table: &AgeTable) -> impl PartialEq + std::fmt::Debug {
+    let pages: Vec<_> = (0..PAGES).map(|gfn| table.page_age(Gfn::new(gfn))).collect();
+    let order: Vec<_> = candidates(table).collect();
+    (table.window(), pages, order, Histogram::of(table, 1 << 40))
+}
+
+#[test]
+fn every_slicing_of_a_pass_gives_the_same_result() {
+    for seed in 1000..1020 {
+        println!("seed {seed}");
+        let mut rng = Rng(seed);
+        let layout: [GfnRange; 3] = [range(0..700), range(700..2048), range(2300..PAGES)];
+        let once = FakeMmu::new(BLOCKS);
+        let mut tables = [(); 4].map(|()| AgeTable::new(0));
+        tables.iter_mut().for_each(|table| {
+            layout.iter().for_each(|&part| table.add_range(part).unwrap());
+        });
+        for now_ms in 1..12 {
+            for _ in 0..6 {
+                let pages = rng.pages(PAGES);
+                match rng.below(5) {
+                    0 => once.map(pages),
+                    1 => once.unmap(pages.start..pages.end.min(pages.start + 100)),
+                    2 => once.map_huge(pages.start, Level::L2),
+                    _ => pages.for_each(|gfn| once.touch(gfn)),
+                }
+            }
+            let mut reports = Vec::new();
+            for (table, budget) in tables.iter().zip([u64::MAX, 1, 513, 1 + rng.below(3000)]) {
+                let mmu = once.copy();
+                let mut pass = AgePass::start(table, AgeMode::ClearFlush).unwrap();
+                let mut steps = 0_u64;
+                while pass.step(&mmu, &mut (), budget).next.is_some() {
+                    steps += 1;
+                    assert!(steps < PAGES, "a pass ends");
+                }
+                table.edit().unwrap_err();
+                reports.push(pass.finish(now_ms));
+            }
+            for (table, report) in tables.iter().zip(&reports) {
+                assert_eq!((report, dump(table)), (&reports[0], dump(&tables[0])));
+                table.check().unwrap();
+            }
+            // The guest's bits were cleared by whoever went first; the copies are gone.
+            for gfn in 0..PAGES {
+                if once.leaf(gfn).is_some_and(|leaf| leaf.young) && rng.below(2) == 0 {
+                    let mut nothing = AgeTable::new(0);
+                    nothing.add_range(range(gfn..gfn + 1)).unwrap();
+                    let mut pass = AgePass::start(&nothing, AgeMode::Clear).unwrap();
+                    let _ = pass.step(&once, &mut (), 1);
+                }
+            }
+        }
+    }
+}
