@@ -33,13 +33,14 @@ pub struct FlushBatch<'a> {
     /// must go.
     pub ranges: &'a [GfnRange],
     tables: &'a FrameList,
-    next: &'a dyn Fn(&FrameList, &mut dyn FnMut(Pfn)),
+    /// The frame after a frame of the list.
+    next: &'a dyn Fn(Pfn) -> Option<Pfn>,
 }
 
 impl FlushBatch<'_> {
     /// Visit the frames of tables that were unlinked, for embedders that must know them.
-    pub fn for_each_table(&self, mut visit: impl FnMut(Pfn)) {
-        (self.next)(self.tables, &mut visit);
+    pub fn for_each_table(&self, visit: impl FnMut(Pfn)) {
+        core::iter::successors(self.tables.first(), |frame| (self.next)(*frame)).for_each(visit);
     }
 
     /// Tables unlinked.
@@ -169,7 +170,7 @@ impl FlushDebt {
         scope: FlushScope,
         ask: impl FnOnce(&FlushBatch<'_>) -> R,
     ) -> R {
-        let next = |list: &FrameList, visit: &mut dyn FnMut(Pfn)| list.iter(map).for_each(visit);
+        let next = |frame: Pfn| FrameList::after(map, frame);
         ask(&FlushBatch { scope, ranges: &self.ranges, tables: &self.tables, next: &next })
     }
 }

@@ -174,7 +174,7 @@ impl Roots {
             let reuse = slot.state.load(Ordering::Relaxed) & !(REUSE_ONE - 1);
             let reuse = reuse.wrapping_add(REUSE_ONE);
             // ORDERING[root-state]: Release. Pairs with the Acquire in `get`, `find`, `is_valid`.
-            slot.state.store(IN_USE | 2 * COUNT_ONE | role | reuse, Ordering::Release);
+            slot.state.store(IN_USE | (2 * COUNT_ONE) | role | reuse, Ordering::Release);
         }
         Ok(Inserted::New(RootRef { index, frame, role }))
     }

@@ -250,3 +250,86 @@ pub(super) fn unblock_signal() -> Result<(), MachineError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::{Kvm, VcpuFd};
+
+    use super::*;
+
+    /// A door with a vCPU behind it that never runs.
+    fn door(test: &str) -> Option<(Door, VcpuFd)> {
+        let Ok(kvm) = Kvm::new() else {
+            eprintln!("SKIPPED (no /dev/kvm): {test}");
+            return None;
+        };
+        let vm = kvm.create_vm().expect("a VM");
+        let vcpu = vm.create_vcpu(0).expect("a vCPU");
+        let door = Door::default();
+        door.install(&vcpu).expect("a door");
+        unblock_signal().expect("the signal");
+        Some((door, vcpu))
+    }
+
+    /// The moment that a running guest hardly ever shows: the thread kicks itself, so the signal is
+    /// over before the system call.
+    #[test]
+    fn a_kick_between_enter_and_the_system_call_is_not_lost() {
+        let test = "a_kick_between_enter_and_the_system_call_is_not_lost";
+        let Some((door, mut vcpu)) = door(test) else {
+            return;
+        };
+        assert_eq!(door.enter(), Enter::Go);
+        door.kick();
+        let error = vcpu.run().expect_err("KVM_RUN after a kick");
+        assert_eq!(error.errno(), libc::EINTR);
+        assert_eq!(door.leave(Return::Interrupted), Leave::Kicked);
+        // It is over with that run.
+        assert_eq!(door.enter(), Enter::Go);
+        assert_eq!(vcpu.get_kvm_run().immediate_exit, 0);
+        assert_eq!(door.leave(Return::Exit), Leave::Quiet);
+    }
+
+    #[test]
+    fn an_exit_answers_the_kick_that_came_with_it() {
+        let Some((door, _vcpu)) = door("an_exit_answers_the_kick_that_came_with_it") else {
+            return;
+        };
+        door.kick();
+        assert_eq!(door.enter(), Enter::Go);
+        door.kick();
+        assert_eq!(door.leave(Return::Exit), Leave::Kicked);
+        door.kick();
+        assert_eq!(door.enter(), Enter::Go);
+        assert_eq!(door.leave(Return::Exit), Leave::Quiet);
+    }
+
+    #[test]
+    fn an_interruption_that_nobody_asked_for_does_not_end_the_run() {
+        let test = "an_interruption_that_nobody_asked_for_does_not_end_the_run";
+        let Some((door, _vcpu)) = door(test) else {
+            return;
+        };
+        assert_eq!(door.enter(), Enter::Go);
+        assert_eq!(door.leave(Return::Interrupted), Leave::Again);
+        // Between the two the vCPU is still in its run: a kick ends it.
+        door.kick();
+        assert_eq!(door.enter(), Enter::Kicked);
+    }
+
+    #[test]
+    fn a_kick_ends_the_wait_at_a_closed_door() {
+        let Some((door, _vcpu)) = door("a_kick_ends_the_wait_at_a_closed_door") else {
+            return;
+        };
+        assert_eq!(door.enter(), Enter::Go);
+        assert_eq!(door.leave(Return::Interrupted), Leave::Again);
+        door.close();
+        door.wait_empty();
+        door.kick();
+        assert_eq!(door.enter(), Enter::Kicked);
+        door.open();
+        assert_eq!(door.enter(), Enter::Go);
+        assert_eq!(door.leave(Return::Exit), Leave::Quiet);
+    }
+}

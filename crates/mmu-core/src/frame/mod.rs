@@ -187,9 +187,14 @@ impl FrameList {
         self.len += other.len;
     }
 
-    /// The frames, last pushed first.
-    pub fn iter<'a, P: PhysMap>(&'a self, map: &'a P) -> impl Iterator<Item = Pfn> + 'a {
-        core::iter::successors(self.head, move |&frame| raw::meta(map, frame).next())
+    /// The frame pushed last.
+    pub(crate) const fn first(&self) -> Option<Pfn> {
+        self.head
+    }
+
+    /// The frame that was pushed before `frame` of the same list.
+    pub(crate) fn after<P: PhysMap>(map: &P, frame: Pfn) -> Option<Pfn> {
+        raw::meta(map, frame).next()
     }
 }
 

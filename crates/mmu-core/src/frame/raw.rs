@@ -59,13 +59,14 @@ pub fn meta<P: PhysMap + ?Sized>(map: &P, frame: Pfn) -> &FrameMeta {
     unsafe { pointer.as_ref() }
 }
 
-/// Ask the CPU to fetch the cache line of entry `index` (modulo the table size). A hint.
+/// Ask the CPU to fetch the cache line of entry `index`. A hint.
 #[inline]
 pub fn prefetch(table: &PageTable, index: usize) {
     #[cfg(all(target_arch = "x86_64", not(loom)))]
     {
         use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        let line = core::ptr::from_ref(&table.entries()[index % crate::sync::ENTRIES]);
+        let entries = table.entries();
+        let Some(line) = entries.get(index).map(core::ptr::from_ref) else { return };
         // SAFETY: a prefetch reads nothing architecturally and faults on no address; SSE is part
         // of the x86_64 baseline.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };

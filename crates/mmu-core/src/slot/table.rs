@@ -37,6 +37,7 @@ impl SlotTable {
 
     /// The current set, for as long as the section is open.
     #[inline]
+    #[must_use]
     pub fn read<'g>(&'g self, section: &'g EpochGuard<'_>) -> &'g Memslots {
         self.published.read(section)
     }

@@ -1,8 +1,8 @@
 //! May this entry become that one, and what does the change owe?
 //!
 //! Owns [`SpteConfig::change_kind`]: a total, pure function over any two values, used by the one
-//! funnel that writes entries, by the checkers and by the fuzz oracles. It knows nothing of locks;
-//! [`ChangeKind::Freeze`] and [`ChangeKind::Thaw`] are for removers only, which the funnel enforces.
+//! funnel that writes entries, by the checkers and by the fuzz oracles. It knows nothing of locks:
+//! that [`ChangeKind::Freeze`] and [`ChangeKind::Thaw`] are for removers only, the funnel enforces.
 
 use core::fmt;
 
@@ -340,8 +340,8 @@ impl<F: SpteFormat> SpteConfig<F> {
     fn check_table(&self, new: Spte, level: Level) -> Result<(), IllegalChange> {
         self.check_reserved(new, level)?;
         let made = self.table_bits(level);
-        let accessed = when(!self.is_pdpte(level), F::ACCESSED);
-        only(new, made | FRAME | accessed, made & !accessed)
+        // In a PAE PDPTE the place of A is reserved, which was checked.
+        only(new, made | FRAME | F::ACCESSED, made & !F::ACCESSED)
     }
 
     /// Is `new` a leaf as [`leaf`](Self::leaf) makes it, or as a legal update leaves it?

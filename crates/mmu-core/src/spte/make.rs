@@ -193,9 +193,9 @@ impl<F: SpteFormat> SpteConfig<F> {
         if self.caps.nx_huge_pages { self.with_fetches(child, access) } else { child }
     }
 
-    /// The leaf at `level_of_huge` that replaces a table, from one of its leaves (KVM row 1.44): the
-    /// frame is rounded down, everything else is inherited, and the huge-page mitigation, if on,
-    /// takes fetches away.
+    /// The leaf at `level_of_huge` that replaces a table, from one of its leaves (KVM row 1.44):
+    /// the frame is rounded down, everything else is inherited, and the huge-page mitigation, if
+    /// on, takes fetches away.
     ///
     /// [`Spte::INVALID`] if `small` is not present or no leaf may stand at the level.
     #[doc(alias = "make_huge_spte")]

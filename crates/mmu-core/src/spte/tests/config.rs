@@ -65,6 +65,19 @@ fn contradictions_are_refused_and_name_their_values() {
 }
 
 #[test]
+fn moved_address_bits_must_not_be_encryption_bits() {
+    let caps = Capabilities {
+        max_phys_bits: 40,
+        l1tf_cache_bits: Some(44),
+        memory_encryption: Some((0, 1 << 47)),
+        ..Capabilities::ept()
+    };
+    refused::<Ept>(caps, ConfigError::L1tf { cache_bits: 44, max_phys_bits: 40 });
+    let apart = Capabilities { memory_encryption: Some((0, 1 << 49)), ..caps };
+    assert!(SpteConfig::<Ept>::new(apart).is_ok());
+}
+
+#[test]
 fn mmio_patterns_that_collide_are_refused() {
     let all_ones = 7 | 1 << 63;
     // (value, mask, bits at fault)

@@ -22,7 +22,6 @@ mod track;
 
 /// A configuration that is known to be valid.
 #[track_caller]
-#[expect(clippy::unwrap_used, reason = "an invalid configuration is a mistake of the test")]
 fn config<F: SpteFormat>(caps: Capabilities) -> SpteConfig<F> {
     SpteConfig::new(caps).unwrap()
 }

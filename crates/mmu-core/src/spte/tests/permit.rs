@@ -8,18 +8,26 @@ struct Permits;
 impl ForFormat for Permits {
     /// `permits` and `access` say the same, bit by bit.
     fn run<F: Rules>(&mut self) {
-        let config = config::<F>(F::baseline());
+        let base = F::baseline();
+        let config = config::<F>(base);
+        // Without NX, bit 63 takes nothing away.
+        let without_nx = self::config::<F>(Capabilities { nx: false, ..base });
         for counter in 0..1u64 << F::flags().len() {
             let spte = Spte::from_raw(scatter(counter, F::flags()) | 0x5000);
-            let access = config.access(spte);
-            let present = config.is_hw_present(spte);
-            for needed in [Access::READ, Access::WRITE, Access::USER, Access::EXEC, access] {
-                let want = present && access.contains(needed);
-                assert_eq!(config.permits(spte, needed), want, "{spte:?} {needed:?}");
-            }
-            assert!(!present || is(spte.raw(), 11));
+            check_permits(&config, spte);
+            check_permits(&without_nx, spte);
         }
     }
+}
+
+fn check_permits<F: Rules>(config: &SpteConfig<F>, spte: Spte) {
+    let access = config.access(spte);
+    let present = config.is_hw_present(spte);
+    for needed in [Access::READ, Access::WRITE, Access::USER, Access::EXEC, access] {
+        let want = present && access.contains(needed);
+        assert_eq!(config.permits(spte, needed), want, "{spte:?} {needed:?}");
+    }
+    assert!(!present || is(spte.raw(), 11));
 }
 
 #[test]

@@ -1,0 +1,54 @@
+//! Aging on one thread, tables out of the caches.
+
+use mmu_core::addr::{Gfn, Level};
+use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, AgeSink, CountOnly, MASK_WORDS};
+
+use crate::harness::{Bench, Random, time};
+use crate::host::{Shape, Vm};
+
+/// `age_0` to `age_100`: the share of leaves whose accessed bit the CPU has set. `age_bitmap`: the
+/// answer for every gfn, at 1 %.
+pub fn shares(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
+    let mut vm = Vm::new(Shape::new(bench.pages()));
+    vm.populate();
+    let tables = vm.leaf_tables();
+    let mut random = Random::new(2);
+    for (row, percent) in [("age_0", 0), ("age_1", 1), ("age_50", 50), ("age_100", 100)] {
+        if wanted(row) {
+            bench.repeat(row, vm.pages, || {
+                let young = vm.set_accessed(&tables, || random.next() % 100 < percent);
+                vm.evict();
+                time(|| assert_eq!(pass(&mut vm, &mut CountOnly), young))
+            });
+        }
+    }
+    if wanted("age_bitmap") {
+        let mut bitmap = Bitmap(vec![0; (vm.pages / 64) as usize]);
+        bench.repeat("age_bitmap", vm.pages, || {
+            let young = vm.set_accessed(&tables, || random.next() % 100 < 1);
+            vm.evict();
+            let ns = time(|| assert_eq!(pass(&mut vm, &mut bitmap), young));
+            assert_eq!(bitmap.0.iter().map(|w| u64::from(w.count_ones())).sum::<u64>(), young);
+            ns
+        });
+    }
+}
+
+/// One call over everything; the young pages it saw.
+pub fn pass(vm: &mut Vm, sink: &mut impl AgeSink) -> u64 {
+    let request = AgeRequest { range: vm.range(), mode: AgeMode::Clear, budget: u64::MAX };
+    vm.mmu.age(vm.vcpu.actor(), request, sink).young
+}
+
+/// One bit per gfn: young.
+pub struct Bitmap(pub Vec<u64>);
+
+impl AgeSink for Bitmap {
+    #[inline]
+    fn table(&mut self, base: Gfn, _: &[u64; MASK_WORDS], young: &[u64; MASK_WORDS]) {
+        let first = (base.get() / 64) as usize;
+        self.0[first..first + MASK_WORDS].copy_from_slice(young);
+    }
+
+    fn huge(&mut self, _: Gfn, _: Level, _: bool) {}
+}

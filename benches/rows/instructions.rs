@@ -1,0 +1,105 @@
+//! Operations done an exact number of times, untimed, for `cargo xtask instructions`.
+//!
+//! What comes before the operations does not depend on their number, so that the difference between
+//! two counts is theirs alone.
+
+use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::fault::FaultOutcome;
+use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
+
+use crate::age::Bitmap;
+use crate::harness::Random;
+use crate::host::{Shape, Vm, expect, forbidden_write, map, write};
+use crate::walk::look;
+
+/// Rows that can be counted.
+pub const NAMES: &[&str] = &[
+    "fault_4k_seq",
+    "fault_4k_rand",
+    "fault_2m",
+    "fault_1g",
+    "spurious",
+    "fast_fault",
+    "fast_fault_tracked",
+    "unmap_range",
+    "age_0",
+    "age_1",
+    "age_50",
+    "age_100",
+    "age_bitmap",
+    "walk_seq",
+    "walk_rand",
+];
+
+/// Pages that exist, however many are used.
+const PAGES: u64 = 8192;
+
+/// Do `row`'s operation `count` times.
+pub fn run(row: &str, count: u64) -> Result<(), String> {
+    if !NAMES.contains(&row) {
+        return Err(format!("`{row}` cannot be counted; --instructions list names what can"));
+    }
+    if count > PAGES {
+        return Err(format!("{count} operations: at most {PAGES}"));
+    }
+    let level = match row {
+        "fault_2m" => Level::L2,
+        "fault_1g" => Level::L3,
+        _ => Level::L1,
+    };
+    let shape = Shape::new(PAGES * level.pages());
+    let accessed_dirty = row != "fast_fault_tracked";
+    let mut vm = Vm::new(Shape { level, accessed_dirty, ..shape });
+    let order: Vec<u64> = Random::new(5).permutation(PAGES).into_iter().map(u64::from).collect();
+    if row.starts_with("fault") {
+        match row {
+            "fault_4k_rand" => map(&mut vm.vcpu, order.into_iter().take(count as usize)),
+            _ => map(&mut vm.vcpu, (0..count).map(|page| page * level.pages())),
+        }
+        return Ok(());
+    }
+    vm.populate();
+    on_mapped(row, &mut vm, &order, count);
+    Ok(())
+}
+
+fn on_mapped(row: &str, vm: &mut Vm, order: &[u64], count: u64) {
+    let tables = vm.leaf_tables();
+    let part = GfnRange::new(Gfn::new(0), Gfn::new(count));
+    let all = AgeRequest { range: vm.range(), mode: AgeMode::Clear, budget: u64::MAX };
+    let some = AgeRequest { range: part, ..all };
+    match row {
+        "spurious" => {
+            (0..count).for_each(|gfn| expect(vm.vcpu.fault(&write(gfn)), FaultOutcome::Spurious));
+        }
+        "fast_fault" | "fast_fault_tracked" => {
+            match row {
+                "fast_fault" => vm.write_protect(&tables),
+                _ => drop(vm.mmu.age(vm.vcpu.actor(), all, &mut CountOnly)),
+            }
+            for gfn in 0..count {
+                expect(vm.vcpu.fault(&forbidden_write(gfn)), FaultOutcome::Fixed);
+            }
+        }
+        "unmap_range" => assert_eq!(vm.mmu.unmap(vm.vcpu.actor(), part).pages(), count),
+        "walk_seq" => look(vm, 0..count),
+        "walk_rand" => look(vm, order.iter().copied().take(count as usize)),
+        _ => {
+            let percent = match row {
+                "age_1" | "age_bitmap" => 1,
+                "age_50" => 50,
+                "age_100" => 100,
+                _ => 0,
+            };
+            let mut random = Random::new(6);
+            vm.set_accessed(&tables, || random.next() % 100 < percent);
+            let report = if row == "age_bitmap" {
+                let mut bitmap = Bitmap(vec![0; (PAGES / 64) as usize]);
+                vm.mmu.age(vm.vcpu.actor(), some, &mut bitmap)
+            } else {
+                vm.mmu.age(vm.vcpu.actor(), some, &mut CountOnly)
+            };
+            assert_eq!(report.mapped, count);
+        }
+    }
+}
