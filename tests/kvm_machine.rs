@@ -77,7 +77,7 @@ impl World {
 
     fn word(&self, at: u64) -> &AtomicU64 {
         let memory = self.machine.memory();
-        assert!(at.is_multiple_of(8) && at + 8 <= memory.len);
+        assert!(at % 8 == 0 && at + 8 <= memory.len);
         let word = memory.base.wrapping_add(at as usize);
         // SAFETY: aligned and in bounds (asserted) of a mapping that lives as long as the machine;
         // everybody accesses it atomically.
@@ -554,7 +554,7 @@ fn kicks_at_any_moment_lose_nothing() {
             let everything = Flush { everything: true, ..NOTHING };
             for turn in 0u64.. {
                 world.machine.kick_all();
-                if turn.is_multiple_of(64) {
+                if turn % 64 == 0 {
                     world.flush(&everything);
                 }
                 if quit.load(SeqCst) {

@@ -113,10 +113,7 @@ pub const FAMILIES: &[Family] = &[
         run: stall::unmap,
     },
     Family {
-        rows: &[
-            new("walk_seq", NS).target(3.0).kvm(13.9),
-            new("walk_rand", NS).kvm(52.0),
-        ],
+        rows: &[new("walk_seq", NS).target(3.0).kvm(13.9), new("walk_rand", NS).kvm(52.0)],
         run: walk::rows,
     },
     Family {

@@ -46,8 +46,7 @@ impl Block {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new anonymous mapping, at an address the kernel chooses.
-        let address =
-            unsafe { libc::mmap(std::ptr::null_mut(), mapped, protection, flags, -1, 0) };
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), mapped, protection, flags, -1, 0) };
         assert_ne!(address, libc::MAP_FAILED, "{bytes} bytes: no memory");
         let mapping = NonNull::new(address).expect("not at address 0");
         let offset = address.align_offset(HUGE);

@@ -44,8 +44,7 @@ pub fn stream(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
                 for word in words {
                     let old = word.load(Ordering::Relaxed);
                     let new = old ^ 256;
-                    let done =
-                        word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed);
+                    let done = word.compare_exchange(old, new, Ordering::AcqRel, Ordering::Relaxed);
                     assert!(done.is_ok());
                 }
             })

@@ -41,9 +41,7 @@ pub fn rows(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
         for rep in 0..reps {
             bench.progress(&format!("{row}: {rep} of {reps}"));
             let hot: Vec<usize> = match row {
-                "age_1tib_hot1" => {
-                    (0..tables.len()).filter(|_| random.next() % 100 == 0).collect()
-                }
+                "age_1tib_hot1" => (0..tables.len()).filter(|_| random.next() % 100 == 0).collect(),
                 _ => Vec::new(),
             };
             set_links(&mut vm, row == "age_1tib_full", &hot);

@@ -334,16 +334,25 @@ impl<F: SpteFormat> VmmVcpu<F> {
             self.vmm.gates.leave(self.id);
             let root = self.tdp.load_root()?;
             for (linear, _, pages) in self.vmm.machine.pinned() {
-                let range = GfnRange::from_len(Gfn::new(linear), pages);
-                let done = self.tdp.prefault(range, Access::WRITE)?;
-                if done != range.end && self.tdp.root_is_current() {
-                    return Err(format!("pinned page {done} cannot be mapped").into());
-                }
+                self.map_pinned(GfnRange::from_len(Gfn::new(linear), pages))?;
             }
             self.machine.set_root(root.get())?;
             self.loaded = Some(root.get());
             self.vmm.exits.reloads.fetch_add(1, Ordering::Relaxed);
         }
+    }
+
+    /// Map what the machine needs in every root. Ends early when the root becomes stale.
+    fn map_pinned(&mut self, mut range: GfnRange) -> Result<(), Error> {
+        while !range.is_empty() && self.tdp.root_is_current() {
+            let done = self.tdp.prefault(range, Access::WRITE)?;
+            range.start = done.next;
+            if let FaultOutcome::Emulate(reason) = done.outcome {
+                return Err(format!("pinned page cannot be mapped: {reason}").into());
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     fn fault(&mut self, gva: u64, error: u32) -> Result<(), Error> {

@@ -181,8 +181,8 @@ impl TestHost {
 unsafe impl PhysMap for TestHost {
     fn provide(&self) -> Option<Pfn> {
         let number = self.provides.fetch_add(1, Ordering::Relaxed);
-        let refused = self.fail_from.load(Ordering::Relaxed)
-            ..self.fail_until.load(Ordering::Relaxed);
+        let refused =
+            self.fail_from.load(Ordering::Relaxed)..self.fail_until.load(Ordering::Relaxed);
         if refused.contains(&number) {
             return None;
         }

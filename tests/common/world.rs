@@ -21,17 +21,53 @@ use std::sync::Arc;
 /// One call.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
-    Fault { space: u8, gfn: u64, kind: AccessKind, level: u8, lie: bool },
-    Touch { space: u8, gfn: u64, write: bool },
-    Prefault { gfn: u64, pages: u64, write: bool },
-    Unmap { start: u64, end: u64 },
-    Age { start: u64, end: u64, mode: AgeMode },
+    Fault {
+        space: u8,
+        gfn: u64,
+        kind: AccessKind,
+        level: u8,
+        lie: bool,
+    },
+    Touch {
+        space: u8,
+        gfn: u64,
+        write: bool,
+    },
+    Prefault {
+        gfn: u64,
+        pages: u64,
+        write: bool,
+    },
+    Unmap {
+        start: u64,
+        end: u64,
+    },
+    Age {
+        start: u64,
+        end: u64,
+        mode: AgeMode,
+    },
     /// Drop everything: tables given back at once, in steps, or later.
-    ZapAll { steps: u8 },
-    Create { id: u16, place: u64, pages: u64, read_only: bool },
-    Delete { id: u16 },
-    Move { id: u16, place: u64 },
-    Flags { id: u16, log: bool },
+    ZapAll {
+        steps: u8,
+    },
+    Create {
+        id: u16,
+        place: u64,
+        pages: u64,
+        read_only: bool,
+    },
+    Delete {
+        id: u16,
+    },
+    Move {
+        id: u16,
+        place: u64,
+    },
+    Flags {
+        id: u16,
+        log: bool,
+    },
 }
 
 /// Places where slots may be: two blocks of 2 GiB, the second at an odd distance, and the very
@@ -321,13 +357,20 @@ impl<F: Modelled> World<F> {
         }
     }
 
-    /// Give back what zap-alls left.
+    /// Give back what zap-alls left, and references to roots that are no more.
     pub fn settle(&mut self) {
+        for vcpu in [&mut self.guest.vcpu, &mut self.smm] {
+            if !vcpu.root_is_current() {
+                vcpu.unload_root();
+            }
+        }
         if self.pending {
             self.spec.zap_all();
             let guest = &mut self.guest;
             let _ = guest.mmu.invalidate_roots(&mut guest.actor).finish(&mut guest.actor);
             self.pending = false;
+            self.guest.vcpu.unload_root();
+            self.smm.unload_root();
         }
     }
 

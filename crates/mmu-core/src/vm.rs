@@ -95,6 +95,12 @@ impl<H: Host> VmCore<H> {
         Ok(Actor { vm: Arc::clone(self), participant, cache: MmuCache::new(), slot: None })
     }
 
+    /// What waits do when they last long.
+    #[must_use]
+    pub fn give_up_cpu(&self) -> GiveUpCpu {
+        self.domain.give_up_cpu()
+    }
+
     /// The embedder.
     #[inline]
     #[must_use]

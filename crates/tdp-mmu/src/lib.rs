@@ -24,7 +24,7 @@ pub mod age;
 mod change;
 mod fast;
 pub mod iter;
-mod map;
+pub mod map;
 pub mod mmu;
 pub mod root;
 mod split;
@@ -34,6 +34,7 @@ pub mod walk;
 pub mod zap;
 
 pub use iter::{Cursor, Step, TdpIter};
+pub use map::Prefault;
 pub use mmu::{TdpMmu, TdpOptions};
 pub use root::{RootError, ZapAll};
 pub use vcpu::TdpVcpu;

@@ -32,6 +32,20 @@ use crate::zap::ZapReport;
 /// again. Each loss means that somebody else made progress on the same entry.
 const MAX_LOST: u32 = 8;
 
+/// Times that [`TdpVcpu::prefault`] tries a page again while it is being taken away.
+pub const PREFAULT_RETRIES: u32 = 64;
+
+/// How far a prefault came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Prefault {
+    /// The first gfn that was not mapped; the range's end when all were.
+    pub next: Gfn,
+    /// What the last page tried came to: [`FaultOutcome::Retry`] asks to call again (after loading
+    /// the root, if it is not current), [`FaultOutcome::Emulate`] says why `next` cannot be mapped.
+    pub outcome: FaultOutcome,
+}
+
 /// A fault whose page is known.
 struct Resolved {
     gfn: Gfn,
@@ -77,24 +91,35 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     }
 
     /// Map pages before the guest touches them (KVM row 3.57), without the accessed bit, from
-    /// `range.start` on. Returns the first gfn that was not mapped: `range.end` when all were.
+    /// `range.start` on, until one cannot be mapped.
+    ///
+    /// Bounded: a page that asks to be tried again [`PREFAULT_RETRIES`] times ends the call.
     ///
     /// # Errors
-    /// As [`fault`](Self::fault), if nothing was mapped; else the progress is returned.
-    pub fn prefault(&mut self, range: GfnRange, access: Access) -> Result<Gfn, FaultError> {
-        let mut next = range.start;
-        while next < range.end {
-            match self.fault(&PageFault::prefetch(next.address(), access)) {
-                Ok(FaultOutcome::Fixed | FaultOutcome::Spurious) => {
-                    next = next.saturating_add(1);
-                }
-                Ok(FaultOutcome::Retry) if self.root_is_current() => {}
-                Ok(_) => break,
-                Err(error) if next == range.start => return Err(error),
+    /// As [`fault`](Self::fault), if nothing was mapped; later errors end the call with the
+    /// progress made, and come back when it is repeated from there.
+    pub fn prefault(&mut self, range: GfnRange, access: Access) -> Result<Prefault, FaultError> {
+        let mut done = Prefault { next: range.start, outcome: FaultOutcome::Spurious };
+        let mut retries = 0;
+        while done.next < range.end {
+            match self.fault(&PageFault::prefetch(done.next.address(), access)) {
+                Ok(outcome) => done.outcome = outcome,
+                Err(error) if done.next == range.start => return Err(error),
                 Err(_) => break,
             }
+            match done.outcome {
+                FaultOutcome::Fixed | FaultOutcome::Spurious => {
+                    done.next = done.next.saturating_add(1);
+                    retries = 0;
+                }
+                FaultOutcome::Retry if retries < PREFAULT_RETRIES && self.root_is_current() => {
+                    retries += 1;
+                    mmu_core::sync::relax();
+                }
+                _ => break,
+            }
         }
-        Ok(next)
+        Ok(done)
     }
 
     fn handle(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {

@@ -44,8 +44,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// An MMU without roots; [`TdpVcpu::load_root`](crate::TdpVcpu::load_root) makes the first.
     #[must_use]
     pub fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, options: TdpOptions) -> Arc<Self> {
-        let roots = Roots::new();
-        Arc::new(Self { vm, config, options, roots, unflushed: Unflushed::new() })
+        let give_up_cpu = vm.give_up_cpu();
+        let (roots, unflushed) = (Roots::new(give_up_cpu), Unflushed::new(give_up_cpu));
+        Arc::new(Self { vm, config, options, roots, unflushed })
     }
 
     /// The VM.

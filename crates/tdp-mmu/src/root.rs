@@ -23,7 +23,7 @@ use mmu_core::role::RootRole;
 use mmu_core::spin::SpinLock;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
-use mmu_core::sync::{AtomicU64, Ordering, plain, relax};
+use mmu_core::sync::{AtomicU64, Ordering, plain};
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
@@ -96,9 +96,9 @@ struct RootId {
 }
 
 impl Roots {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(give_up_cpu: fn()) -> Self {
         let slot = |_| RootSlot { state: AtomicU64::new(0), frame: plain::AtomicU64::new(0) };
-        Self { slots: core::array::from_fn(slot), lock: SpinLock::new(relax) }
+        Self { slots: core::array::from_fn(slot), lock: SpinLock::new(give_up_cpu) }
     }
 
     pub(crate) fn capacity(&self) -> usize {

@@ -7,7 +7,7 @@
 
 use mmu_core::addr::{Gfn, GfnRange};
 use mmu_core::spin::SpinLock;
-use mmu_core::sync::{plain, relax};
+use mmu_core::sync::plain;
 
 /// A hull of gfns under a lock of its own (a leaf).
 #[derive(Debug)]
@@ -18,9 +18,9 @@ pub(crate) struct Unflushed {
 }
 
 impl Unflushed {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(give_up_cpu: fn()) -> Self {
         let zero = || plain::AtomicU64::new(0);
-        Self { lock: SpinLock::new(relax), start: zero(), end: zero() }
+        Self { lock: SpinLock::new(give_up_cpu), start: zero(), end: zero() }
     }
 
     /// `range` is about to be aged without a flush. Call before the first bit is cleared.
@@ -71,7 +71,7 @@ mod tests {
 
     #[test]
     fn a_precise_pass_is_told_everything_aged_without_a_flush_before_it() {
-        let all = Unflushed::new();
+        let all = Unflushed::new(mmu_core::sync::relax);
         assert_eq!(all.take(range(0, 100)), None);
         all.note(range(10, 20));
         all.note(range(40, 50));

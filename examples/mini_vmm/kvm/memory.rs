@@ -123,7 +123,7 @@ impl GuestMemory {
     /// If `at` is misaligned or out of bounds.
     pub(super) fn word(&self, at: u64) -> &AtomicU64 {
         let in_bounds = at.checked_add(8).is_some_and(|end| end <= self.bytes());
-        assert!(at.is_multiple_of(8) && in_bounds, "no word at {at:#x}");
+        assert!(at % 8 == 0 && in_bounds, "no word at {at:#x}");
         let word = self.base.start().wrapping_add(at as usize);
         // SAFETY: aligned (the mapping starts on a page) and in bounds, checked above; the mapping
         // lives as long as `self`; any bit pattern is a valid u64; this process accesses the

@@ -163,7 +163,7 @@ impl KvmVcpu {
             regs.r9,
         );
         let stack = stub::task(self.id)..stub::stack_top(self.id);
-        if stack.contains(&regs.rsp) && regs.rsp.is_multiple_of(8) {
+        if stack.contains(&regs.rsp) && regs.rsp % 8 == 0 {
             detail.push_str("; stack");
             for at in (regs.rsp..stack.end).step_by(8) {
                 // ORDERING[kvm-stub]: Relaxed. As for the error code.
