@@ -445,7 +445,8 @@ fn increments_are_counted_exactly() {
 #[test]
 fn flushes_of_scattered_and_unknown_pages_are_complete() {
     const PAGES: u64 = 512;
-    let Some(world) = World::new("flushes_of_scattered_and_unknown_pages", 2, PAGES) else {
+    let test = "flushes_of_scattered_and_unknown_pages_are_complete";
+    let Some(world) = World::new(test, 2, PAGES) else {
         return;
     };
     let (mut few, mut many, mut unknown) = (Vec::new(), Vec::new(), Vec::new());

@@ -8,16 +8,30 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use common::Modelled;
 use common::world::{Op, World};
 use mmu_core::spte::Capabilities;
+use mmu_core::stats::Counter;
 use mmu_model::Random;
 
 /// Calls per format and seed.
-const OPS: u64 = 45_000;
-/// Seeds per format; with eight formats more than 2 * 10^6 calls.
-const SEEDS: u64 = 6;
+const OPS: u64 = 42_000;
+/// Seeds per format; with eight formats 10^7 calls.
+const SEEDS: u64 = 30;
 /// Calls between two looks at everything.
 const CHECK_EVERY: u64 = 1500;
 
-fn run<F: Modelled>(caps: Capabilities, total: &mut u64) {
+/// What must happen often, or the calls missed something.
+const HAPPENS: [Counter; 9] = [
+    Counter::PfFixed,
+    Counter::PfFast,
+    Counter::PfSpurious,
+    Counter::PfEmulate,
+    Counter::Splits,
+    Counter::Collapses,
+    Counter::LeavesZapped,
+    Counter::LeavesAged,
+    Counter::TablesUnlinked,
+];
+
+fn run<F: Modelled>(caps: Capabilities, total: &mut u64, happened: &mut [u64; 9]) {
     for seed in 0..SEEDS {
         let seed = seed << 8 | u64::from(caps.levels) << 1 | u64::from(caps.accessed_dirty);
         let mut random = Random::new(seed);
@@ -41,14 +55,21 @@ fn run<F: Modelled>(caps: Capabilities, total: &mut u64) {
         world.settle();
         world.compare();
         *total += world.ops;
+        for (sum, counter) in happened.iter_mut().zip(HAPPENS) {
+            *sum += world.guest.stat(counter);
+        }
         world.finish();
     }
 }
 
 #[test]
 fn millions_of_random_calls_agree_with_the_specification() {
-    let mut total = 0;
-    for_each_format!(run, &mut total);
+    let (mut total, mut happened) = (0, [0; 9]);
+    for_each_format!(run, &mut total, &mut happened);
     println!("{total} calls compared");
-    assert!(total >= 2_000_000);
+    assert!(total >= 10_000_000);
+    for (count, counter) in happened.into_iter().zip(HAPPENS) {
+        println!("{:>16} {count}", counter.name());
+        assert!(count >= 10_000, "{} happened {count} times", counter.name());
+    }
 }

@@ -298,7 +298,7 @@ impl<F: Modelled> World<F> {
             let vcpu = self.vcpu(0).map_err(|error| error.to_string())?;
             let result = vcpu.prefault(one, access);
             let done = match result {
-                Ok(next) => next == one.end,
+                Ok(done) => done.next == one.end,
                 Err(FaultError::OutOfFrames(error)) => return Err(error.to_string()),
                 Err(error) => panic!("prefault of {gfn:#x}: {error}"),
             };
@@ -357,20 +357,13 @@ impl<F: Modelled> World<F> {
         }
     }
 
-    /// Give back what zap-alls left, and references to roots that are no more.
+    /// Give back what zap-alls left.
     pub fn settle(&mut self) {
-        for vcpu in [&mut self.guest.vcpu, &mut self.smm] {
-            if !vcpu.root_is_current() {
-                vcpu.unload_root();
-            }
-        }
         if self.pending {
             self.spec.zap_all();
             let guest = &mut self.guest;
             let _ = guest.mmu.invalidate_roots(&mut guest.actor).finish(&mut guest.actor);
             self.pending = false;
-            self.guest.vcpu.unload_root();
-            self.smm.unload_root();
         }
     }
 
@@ -488,6 +481,12 @@ impl<F: Modelled> World<F> {
     /// Every leaf of the model is there, none besides, statistics and frames are right.
     #[track_caller]
     pub fn compare(&mut self) {
+        // A reference keeps the root of a tree that is no more.
+        for vcpu in [&mut self.guest.vcpu, &mut self.smm] {
+            if !vcpu.root_is_current() {
+                vcpu.unload_root();
+            }
+        }
         for space in 0..2 {
             let firsts: Vec<u64> = self.spec.spaces[usize::from(space)].keys().copied().collect();
             for first in firsts {

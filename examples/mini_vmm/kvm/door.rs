@@ -259,10 +259,11 @@ mod tests {
 
     /// A door with a vCPU behind it that never runs.
     fn door(test: &str) -> Option<(Door, VcpuFd)> {
-        let Ok(kvm) = Kvm::new() else {
-            eprintln!("SKIPPED (no /dev/kvm): {test}");
+        if let Err(why) = super::super::available() {
+            eprintln!("SKIPPED (no /dev/kvm): {test}: {why}");
             return None;
-        };
+        }
+        let kvm = Kvm::new().expect("/dev/kvm");
         let vm = kvm.create_vm().expect("a VM");
         let vcpu = vm.create_vcpu(0).expect("a vCPU");
         let door = Door::default();

@@ -9,6 +9,8 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::ptr::NonNull;
 
+use zerocopy::FromZeros;
+
 use super::{FrameMeta, PageTable, PhysMap, raw};
 use crate::addr::{Pfn, to_index, to_u64};
 use crate::spin::SpinLock;
@@ -43,10 +45,7 @@ impl Arena {
     /// [`ArenaError`]: no frames, numbers beyond 52-bit physical addresses, or no memory.
     pub fn with_capacity(frames: u64, base_pfn: Pfn) -> Result<Self, ArenaError> {
         check_numbers(frames, base_pfn)?;
-        let no_memory = |_| ArenaError::NoMemory { frames };
-        let mut tables = Vec::new();
-        tables.try_reserve_exact(to_index(frames)).map_err(no_memory)?;
-        tables.resize_with(to_index(frames), PageTable::new_empty);
+        let mut tables = new_tables(to_index(frames)).ok_or(ArenaError::NoMemory { frames })?;
         let base = NonNull::new(tables.as_mut_ptr()).ok_or(ArenaError::NoMemory { frames })?;
         Self::new(base, frames, base_pfn, tables)
     }
@@ -80,10 +79,8 @@ impl Arena {
         base_pfn: Pfn,
         owned: Vec<PageTable>,
     ) -> Result<Self, ArenaError> {
-        let mut metas = Vec::new();
-        let count = to_index(frames);
-        metas.try_reserve_exact(count).map_err(|_| ArenaError::NoMemory { frames })?;
-        metas.resize_with(count, FrameMeta::new);
+        let metas = FrameMeta::new_vec_zeroed(to_index(frames));
+        let metas = metas.map_err(|_| ArenaError::NoMemory { frames })?;
         Ok(Self {
             base,
             base_pfn,
@@ -113,6 +110,22 @@ impl Arena {
     }
 }
 
+/// Tables straight from the allocator's zero pages: a table that is never used costs nothing. What
+/// they hold does not matter, a cache fills each frame before it is linked.
+#[cfg(not(loom))]
+fn new_tables(count: usize) -> Option<Vec<PageTable>> {
+    PageTable::new_vec_zeroed(count).ok()
+}
+
+/// Loom's atomics must be constructed one by one.
+#[cfg(loom)]
+fn new_tables(count: usize) -> Option<Vec<PageTable>> {
+    let mut tables = Vec::new();
+    tables.try_reserve_exact(count).ok()?;
+    tables.resize_with(count, PageTable::new_empty);
+    Some(tables)
+}
+
 fn check_numbers(frames: u64, base_pfn: Pfn) -> Result<(), ArenaError> {
     if frames == 0 {
         return Err(ArenaError::NoFrames);
@@ -127,8 +140,8 @@ fn check_numbers(frames: u64, base_pfn: Pfn) -> Result<(), ArenaError> {
 //   1. `provide` hands out each index once: from `fresh`, which only grows, or from the list that
 //      only `reclaim` fills, both under `lock`. Nobody else uses the memory: it is the arena's own
 //      Vec, or `from_raw_parts` clause 2.
-//   2. `base` is valid, aligned and initialised for `metas.len()` tables: own Vec filled with
-//      empty tables, or `from_raw_parts` clause 1 and its alignment check. The Vecs are never
+//   2. `base` is valid, aligned and initialised for `metas.len()` tables: own Vec of zeroed
+//      tables, or `from_raw_parts` clause 1 and its alignment check. The Vecs are never
 //      resized, so pointers stay the same.
 //   3. `index` panics for other numbers.
 //   4. Moving the arena moves the Vec headers, not what they point to.

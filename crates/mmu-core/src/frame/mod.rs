@@ -72,7 +72,7 @@ impl PageTable {
 ///
 /// Both words belong to whoever owns the frame at the moment (the pool, a cache, the thread that is
 /// about to link it, the table's tree); the hand-overs order them.
-#[derive(Debug)]
+#[derive(Debug, zerocopy::FromBytes)]
 #[repr(C)]
 pub struct FrameMeta {
     /// While linked: gfn << 8 | level. Else unspecified.
