@@ -65,6 +65,10 @@ impl Shape {
 pub struct Exits {
     /// Page-fault exits, pinned pages excluded.
     pub faults: AtomicU64,
+    /// Of those, spurious: another vCPU had mapped the page.
+    pub spurious: AtomicU64,
+    /// Of those, to be tried again: a race was lost.
+    pub retried: AtomicU64,
     /// Of those, on a gfn without slot: waited and tried again.
     pub no_slot: AtomicU64,
     /// Roots loaded.
@@ -365,8 +369,13 @@ impl<F: SpteFormat> VmmVcpu<F> {
             times.push(begun.elapsed().as_nanos() as u64);
         }
         match outcome {
-            FaultOutcome::Fixed | FaultOutcome::Spurious => Ok(()),
+            FaultOutcome::Fixed => Ok(()),
+            FaultOutcome::Spurious => {
+                self.vmm.exits.spurious.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
             FaultOutcome::Retry => {
+                self.vmm.exits.retried.fetch_add(1, Ordering::Relaxed);
                 // Somebody is taking the page away; let them.
                 std::thread::yield_now();
                 Ok(())

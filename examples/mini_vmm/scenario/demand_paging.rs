@@ -2,10 +2,10 @@
 //!
 //! Holds: pages faulted = pages touched, no fault lost, none doubled beyond counted spurious ones.
 
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use mmu_core::spte::SpteFormat;
-use mmu_core::stats::Counter;
 
 use super::{Builder, Error, Report, Shape};
 use crate::machine::Op;
@@ -22,7 +22,6 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
 
     // The first run loads the root and maps what the machine pins; it touches no data.
     let populate = Instant::now();
-    let stats = vmm.mmu.vm().stats();
     let written = vmm.on_all(&mut vcpus, |vcpu| {
         vcpu.handling_ns = Some(Vec::new());
         let share = vcpu.vmm().share(vcpu.id);
@@ -30,9 +29,9 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
         Ok((report, vcpu.handling_ns.take().unwrap_or_default()))
     })?;
     let populate = populate.elapsed();
-    let faults = vmm.exits.faults.load(std::sync::atomic::Ordering::Relaxed);
-    let spurious = stats.get(Counter::PfSpurious);
-    let retries = stats.get(Counter::PfRetry);
+    let faults = vmm.exits.faults.load(Ordering::Relaxed);
+    let spurious = vmm.exits.spurious.load(Ordering::Relaxed);
+    let retried = vmm.exits.retried.load(Ordering::Relaxed);
     let mapped = {
         let mut actor = vmm.actor()?;
         let tree = vmm.mmu.check(&mut actor)?;
@@ -44,7 +43,7 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
         let share = vcpu.vmm().share(vcpu.id);
         vcpu.run_pages(Op::Verify, share, tag, 2)
     })?;
-    let again = vmm.exits.faults.load(std::sync::atomic::Ordering::Relaxed) - faults;
+    let again = vmm.exits.faults.load(Ordering::Relaxed) - faults;
     report.seconds = begun.elapsed().as_secs_f64();
 
     let touched: u64 = written.iter().map(|(report, _)| report.pages).sum();
@@ -52,14 +51,12 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     let read: u64 = verified.iter().map(|report| report.pages).sum();
     report.count("pages_touched", touched);
     report.count("faults", faults);
-    let exact = faults == touched + retries + late_spurious(faults, touched, retries);
     report.check("every-page-touched", touched == pages, format!("{touched} of {pages}"));
     report.check("pages-mapped-are-pages-touched", mapped == touched, format!("{mapped} mapped"));
-    let extra = faults - touched.min(faults);
     report.check(
         "no-fault-lost-or-doubled",
-        exact && extra <= spurious + retries,
-        format!("{faults} faults for {touched} pages, {spurious} spurious, {retries} retried"),
+        faults == touched + spurious + retried,
+        format!("{faults} faults for {touched} pages, {spurious} spurious, {retried} retried"),
     );
     report.check("no-fault-on-mapped-pages", again == 0, format!("{again} while verifying"));
     report.check(
@@ -84,11 +81,6 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     drop(vcpus);
     vmm.teardown(&mut report)?;
     Ok(report)
-}
-
-/// Faults beyond pages and retries: each must be a counted spurious one.
-fn late_spurious(faults: u64, touched: u64, retries: u64) -> u64 {
-    faults.saturating_sub(touched + retries)
 }
 
 /// Points of the cumulative distribution up to the 99th percentile.
