@@ -176,6 +176,12 @@ impl TestHost {
     }
 }
 
+impl std::fmt::Debug for TestHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TestHost").field("arena", &self.arena).finish_non_exhaustive()
+    }
+}
+
 // SAFETY: every clause is the arena's, which this forwards to; `provide` may say no, which the
 // trait allows.
 unsafe impl PhysMap for TestHost {
@@ -372,7 +378,7 @@ impl Shape {
 /// A VM with one vCPU, and a walker that judges its tables.
 pub struct Guest<F: SpteFormat> {
     pub mmu: Arc<TdpMmu<F, TestHost>>,
-    pub slots: SlotWriter,
+    pub slots: Arc<Mutex<SlotWriter>>,
     pub actor: Actor<TestHost>,
     pub vcpu: TdpVcpu<F, TestHost>,
     pub walker: Walker,
@@ -441,6 +447,7 @@ impl<F: Modelled> Guest<F> {
         let actor = mmu.vm().actor().expect("room");
         let vcpu = TdpVcpu::new(&mmu, 0).expect("room");
         let format = F::model(&shape.caps);
+        let slots = Arc::new(Mutex::new(slots));
         Self { mmu, slots, actor, vcpu, walker: Walker::new(&format), format, outstanding }
     }
 
@@ -465,7 +472,7 @@ impl<F: Modelled> Guest<F> {
     }
 
     pub fn set_slot(&mut self, request: &SlotRequest) -> Result<SlotChange, SlotError> {
-        self.mmu.set_slot(&mut self.slots, &mut self.actor, request)
+        self.mmu.set_slot(&mut self.slots.lock().unwrap(), &mut self.actor, request)
     }
 
     #[track_caller]
@@ -499,6 +506,12 @@ impl<F: Modelled> Guest<F> {
                 "{gfn:#x}: {outcome:?}"
             );
         }
+    }
+
+    /// Split whatever maps `gfn` down to 4 KiB, by a prefetch that asks for no more.
+    pub fn shrink(&mut self, gfn: u64) -> FaultOutcome {
+        let fault = PageFault::prefetch(gpa(gfn), Access::READ).at_most(Level::L1);
+        self.vcpu.fault(&fault).expect("no error")
     }
 
     pub fn unmap(&mut self, range: GfnRange) -> tdp_mmu::ZapReport {

@@ -62,7 +62,7 @@ impl<'t> AgeEditor<'t> {
     /// how many of them were tracked.
     pub fn forget(&mut self, range: GfnRange) -> u64 {
         let mut counts = PassCounts::default();
-        for region in self.table.regions() {
+        for region in self.table.regions_in(range) {
             let part = region.range().intersection(range);
             self.unmapped(region, part, &mut counts);
         }
@@ -74,7 +74,7 @@ impl<'t> AgeEditor<'t> {
     pub fn touch(&mut self, range: GfnRange, promotion: Promotion) -> PassCounts {
         let mut counts = PassCounts::default();
         let rules = self.rules(promotion);
-        for region in self.table.regions() {
+        for region in self.table.regions_in(range) {
             let part = region.range().intersection(range);
             let mut at = part.start;
             while at < part.end {

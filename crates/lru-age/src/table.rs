@@ -10,7 +10,7 @@
 use alloc::vec::Vec;
 
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
-use mmu_core::sync::{AtomicU64, Ordering, plain};
+use mmu_core::sync::{AtomicU64, Ordering};
 
 use crate::editor::AgeEditor;
 use crate::error::{AgeError, Inconsistency};
@@ -91,10 +91,9 @@ impl AgeTable {
             return Err(AgeError::OutOfAddressSpace { range });
         }
         let at = self.position(range.start);
-        if let Some(existing) = self.regions.get(at).map(Region::range) {
-            if existing.overlaps(range) {
-                return Err(AgeError::Overlap { range, existing });
-            }
+        let above = self.regions.get(at).map(Region::range);
+        if let Some(existing) = above.filter(|existing| existing.overlaps(range)) {
+            return Err(AgeError::Overlap { range, existing });
         }
         let no_memory = AgeError::OutOfMemory { range, bytes: Region::bytes(range) };
         self.regions.try_reserve(1).map_err(|_| no_memory)?;
@@ -148,8 +147,19 @@ impl AgeTable {
 
     /// The same by size of the leaf: 4 KiB, 2 MiB, 1 GiB, each counted in 4 KiB pages.
     pub(crate) fn pages_by_size(&self, seq: Seq) -> [u64; PAGE_SIZES] {
-        let window = self.window();
-        if window.contains(seq) { self.totals.of(window.label(seq)) } else { [0; PAGE_SIZES] }
+        let mut pages = [0; PAGE_SIZES];
+        for _ in 0..MAX_READ_TRIES {
+            let window = self.window();
+            if !window.contains(seq) {
+                return [0; PAGE_SIZES];
+            }
+            pages = self.totals.of(window.label(seq));
+            // Unchanged after the counts were read: they are of that generation.
+            if window == self.window() {
+                break;
+            }
+        }
+        pages
     }
 
     /// Pages (4 KiB) tracked, in all generations.
@@ -166,7 +176,7 @@ impl AgeTable {
         for _ in 0..MAX_READ_TRIES {
             let window = self.window();
             let Some(seen) = read_page(region, gfn) else { continue };
-            let Some((label, referenced, level)) = seen else { return None };
+            let (label, referenced, level) = seen?;
             // Unchanged after the label was read: the label means what this window says.
             let seq = window.seq_of(label);
             if let (Some(seq), true) = (seq, window == self.window()) {
@@ -230,6 +240,12 @@ impl AgeTable {
     #[inline]
     pub(crate) fn position(&self, gfn: Gfn) -> usize {
         self.regions.partition_point(|region| region.range().end <= gfn)
+    }
+
+    /// The ranges that share a page with `range`.
+    pub(crate) fn regions_in(&self, range: GfnRange) -> impl Iterator<Item = &Region> {
+        let rest = self.regions.get(self.position(range.start)..).unwrap_or_default();
+        rest.iter().take_while(move |region| region.range().start < range.end)
     }
 
     fn region_at(&self, gfn: Gfn) -> Option<&Region> {
@@ -332,15 +348,16 @@ pub(crate) fn maps(summary: Summary, by_age: [Label; 4]) -> u64 {
 
 /// Pages per label and leaf size, written by the holder of the editor.
 #[derive(Debug, Default)]
-pub(crate) struct Totals([[plain::AtomicU64; 4]; PAGE_SIZES]);
+pub(crate) struct Totals([[AtomicU64; 4]; PAGE_SIZES]);
 
 impl Totals {
     /// Pages with `label`, by leaf size.
     pub(crate) fn of(&self, label: Label) -> [u64; PAGE_SIZES] {
         self.0.each_ref().map(|sizes| {
-            // ORDERING[age-totals]: Relaxed. Pairs with Relaxed in `adjust`: a statistic; what it
-            // counts is read through words and summaries.
-            sizes.get(to_index(label.get())).map_or(0, |total| total.load(Ordering::Relaxed))
+            // ORDERING[age-totals]: Acquire. Pairs with Release in `adjust`. A reader that sees
+            // pages counted under a label also sees the window that gave the label its meaning, if
+            // it looks at the window afterwards.
+            sizes.get(to_index(label.get())).map_or(0, |total| total.load(Ordering::Acquire))
         })
     }
 
@@ -365,9 +382,12 @@ impl Totals {
     fn adjust(&self, size: usize, label: Label, left: u64, entered: u64) {
         let total = self.0.get(size).and_then(|sizes| sizes.get(to_index(label.get())));
         if let Some(total) = total {
-            // ORDERING[age-totals]: Relaxed. Pairs with Relaxed in `of`. Only the holder of the
-            // editor stores, so load and store need not be one operation.
-            total.store(total.load(Ordering::Relaxed) + entered - left, Ordering::Relaxed);
+            // ORDERING[age-editor]: Relaxed. The editor is ours: only its holder stores, so load and
+            // store need not be one operation.
+            let old = total.load(Ordering::Relaxed);
+            // ORDERING[age-totals]: Release. Pairs with Acquire in `of`. Publishes: the window
+            // under which the labels were chosen.
+            total.store(old + entered - left, Ordering::Release);
         }
     }
 }

@@ -92,6 +92,7 @@ impl Histogram {
     }
 
     /// One bin per generation, oldest first.
+    #[must_use]
     pub fn bins(&self) -> impl DoubleEndedIterator<Item = &Bin> {
         self.bins.iter().flatten()
     }

@@ -291,6 +291,18 @@ impl Level {
         }
     }
 
+    /// The level below; level 1 stays. Without a branch: for walks that know where they stop.
+    #[inline]
+    #[must_use]
+    pub const fn below(self) -> Self {
+        match self {
+            Self::L1 | Self::L2 => Self::L1,
+            Self::L3 => Self::L2,
+            Self::L4 => Self::L3,
+            Self::L5 => Self::L4,
+        }
+    }
+
     /// The level above; `None` above level 5.
     #[inline]
     #[must_use]

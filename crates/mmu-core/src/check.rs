@@ -120,12 +120,13 @@ pub fn check_tree<F: SpteFormat, P: PhysMap>(
         let spte = cell.load();
         check_entry(config, spte, gfn, level, &mut count)?;
         if let (true, Some(below)) = (spte.is_table(level), level.down()) {
-            let place = pool.place(spte.pfn());
+            let table = config.pfn(spte);
+            let place = pool.place(table);
             if place != (gfn, below) {
-                let rule = Rule::WrongPlace { frame: spte.pfn(), gfn: place.0, level: place.1 };
+                let rule = Rule::WrongPlace { frame: table, gfn: place.0, level: place.1 };
                 return Err(CheckError { gfn, level, spte, rule });
             }
-            stack.push((spte.pfn(), below, gfn, 0));
+            stack.push((table, below, gfn, 0));
         }
     }
     Ok(count)

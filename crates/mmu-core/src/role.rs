@@ -37,11 +37,16 @@ impl RootRole {
     }
 
     /// Level of the root table.
+    #[inline]
     #[must_use]
-    pub fn level(self) -> Level {
-        let number = self.0 & Self::LEVEL_MASK;
-        let level = Level::ALL.into_iter().find(|l| u32::from(l.number()) == number);
-        level.unwrap_or(Level::L4)
+    pub const fn level(self) -> Level {
+        match self.0 & Self::LEVEL_MASK {
+            1 => Level::L1,
+            2 => Level::L2,
+            3 => Level::L3,
+            5 => Level::L5,
+            _ => Level::L4,
+        }
     }
 
     /// Are accessed and dirty bits off?

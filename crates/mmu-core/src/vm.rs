@@ -283,7 +283,7 @@ impl<H: Host> Actor<H> {
     }
 
     /// Open a Shared section, with what work inside it needs.
-    #[inline]
+    #[inline(always)]
     pub fn shared(&mut self) -> SharedWork<'_, H> {
         let Self { vm, participant, cache, .. } = self;
         let stats = vm.stats.shard(participant.index());
@@ -291,7 +291,7 @@ impl<H: Host> Actor<H> {
     }
 
     /// Pin the epoch only: for lookups, aging and fast faults, which take no lock.
-    #[inline]
+    #[inline(always)]
     pub fn pinned(&mut self) -> PinnedWork<'_, H> {
         let Self { vm, participant, .. } = self;
         let stats = vm.stats.shard(participant.index());

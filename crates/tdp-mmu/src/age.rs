@@ -97,7 +97,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let Some(root) = self.roots().get(index, RootFilter::Valid) else { return report };
             let pool = work.vm.pool();
             let change = Change { config: self.config(), stats: work.stats };
-            let iter = TdpIter::resume(pool, &work.section, root.frame, root.role.level(), cursor);
+            let iter = TdpIter::resume(pool, &work.section, root.frame, root.role.level(), cursor)
+                .with_encryption(self.config().encryption_mask());
             let done = report.get_or_insert(AgeReport::empty(job.range.end));
             let mut slice = Slice { change, job, sink, debt, report: done };
             match slice.run(iter) {

@@ -164,7 +164,7 @@ impl<F: SpteFormat> Change<'_, F> {
                 report.add_leaf(self.config, old, level);
                 self.stats.inc(Counter::LeavesZapped);
             } else if let (true, Some(below)) = (old.is_table(level), level.down()) {
-                stack.push((old.pfn(), below, 0));
+                stack.push((self.config.pfn(old), below, 0));
             }
         }
     }

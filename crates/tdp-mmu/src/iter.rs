@@ -75,6 +75,8 @@ pub struct TdpIter<'g, P: PhysMap> {
     /// The table at each level on the way to the current entry; index by `Level::slot`.
     path: [Option<&'g PageTable>; 5],
     root_level: Level,
+    /// Address bits of links that are not frame address.
+    encryption: u64,
     level: Level,
     /// Current entry's first gfn.
     gfn: Gfn,
@@ -104,6 +106,7 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
             section,
             path,
             root_level,
+            encryption: 0,
             level: root_level,
             gfn: cursor.next.align_down(root_level),
             started: false,
@@ -122,6 +125,14 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
         cursor: Cursor,
     ) -> Self {
         Self::new(pool, section, root, root_level, cursor)
+    }
+
+    /// The same walk over a tree whose links carry bits of `mask` that are not frame address
+    /// ([`SpteConfig::encryption_mask`](mmu_core::spte::SpteConfig::encryption_mask)).
+    #[inline]
+    #[must_use]
+    pub fn with_encryption(self, mask: u64) -> Self {
+        Self { encryption: mask, ..self }
     }
 
     /// Stop here, to close the section and go on later.
@@ -153,8 +164,13 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
         let inside = step.range().intersection(range);
         let first = inside.start.index(Level::L1);
         let count = usize::try_from(inside.len()).unwrap_or(0).min(ENTRIES - first);
-        let table = self.pool.table(self.section, step.spte.pfn());
+        let table = self.pool.table(self.section, self.frame(step.spte));
         Some(LeafTable { table, base: step.gfn, first, count })
+    }
+
+    #[inline]
+    fn frame(&self, link: Spte) -> Pfn {
+        link.without(self.encryption).pfn()
     }
 
     fn table(&self) -> Option<&'g PageTable> {
@@ -178,8 +194,9 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
         if !step.spte.is_table(self.level) {
             return false;
         }
+        let frame = self.frame(step.spte);
         if let Some(slot) = self.path.get_mut(child_level.slot()) {
-            *slot = Some(self.pool.table(self.section, step.spte.pfn()));
+            *slot = Some(self.pool.table(self.section, frame));
         }
         self.level = child_level;
         self.gfn = self.cursor.next.align_down(child_level);

@@ -46,23 +46,20 @@ pub struct Prefault {
     pub outcome: FaultOutcome,
 }
 
-/// A fault whose page is known.
+/// A fault whose page is known, and the entry that will map it.
 struct Resolved {
     gfn: Gfn,
     access: Access,
     prefetch: bool,
-    slot: Memslot,
     generation: u64,
     snapshot: Snapshot,
-    page: HostPage,
     goal: Level,
+    leaf: Spte,
 }
 
 /// What became of one attempt at one entry.
-enum Attempt<'g> {
+enum Attempt {
     Outcome(FaultOutcome),
-    /// Go on in this child table.
-    Descend(&'g PageTable),
     /// The entry changed under us: look again.
     Again,
 }
@@ -122,6 +119,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         Ok(done)
     }
 
+    // Inlined, like its parts below: the whole of a fault is two barriers and some hundred plain
+    // instructions, and what calls would save and restore is a good part of those.
+    #[inline(always)]
     fn handle(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
         let gfn = fault.gfn();
         let max_gfn = self.mmu.config().max_gfn_exclusive();
@@ -144,18 +144,17 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             Ok(resolved) => resolved,
             Err(outcome) => return Ok(outcome),
         };
-        let mut debt = FlushDebt::new();
+        // Only a leaf that takes a table's place owes a flush.
+        let mut debt = None;
         let outcome = self.mmu.install(&mut self.actor.shared(), &root, &resolved, &mut debt);
-        if !debt.is_empty() {
+        if let Some(debt) = debt {
             self.actor.pay(debt, FlushScope::Ranges);
-        } else {
-            drop(debt);
         }
         outcome
     }
 
     /// Find slot and page. The inner error is an outcome that needs no page.
-    #[inline]
+    #[inline(always)]
     fn resolve(&mut self, fault: &PageFault) -> Result<Result<Resolved, FaultOutcome>, FaultError> {
         let (gfn, access) = (fault.gfn(), fault.access());
         let space = self.role().space();
@@ -185,7 +184,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         }
         let goal = self.mmu.goal_level(&slot, gfn, &page, fault.max_level);
         let prefetch = fault.prefetch;
-        Ok(Ok(Resolved { gfn, access, prefetch, slot, generation, snapshot, page, goal }))
+        // Here, not in the section: it depends on nothing that a section protects.
+        let leaf = make_leaf(self.mmu.config(), &slot, &page, goal, access, prefetch);
+        Ok(Ok(Resolved { gfn, access, prefetch, generation, snapshot, goal, leaf }))
     }
 
     /// An error is the caller's only if nothing changed while the host was asked.
@@ -229,13 +230,13 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 
     /// Walk from the root to the goal and install the page.
-    #[inline]
+    #[inline(always)]
     fn install(
         &self,
         work: &mut SharedWork<'_, H>,
         root: &RootRef,
         fault: &Resolved,
-        debt: &mut FlushDebt,
+        debt: &mut Option<FlushDebt>,
     ) -> Result<FaultOutcome, FaultError> {
         let SharedWork { section, cache, vm, stats } = work;
         let vm = *vm;
@@ -258,37 +259,59 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         loop {
             let cell = table.cell(fault.gfn, level);
             let old = cell.load();
+            if level > fault.goal && old.is_table(level) {
+                table = pool.table(epoch, change.config.pfn(old));
+                level = level.below();
+                continue;
+            }
             let attempt = if old.is_frozen() {
                 Attempt::Outcome(FaultOutcome::Retry)
-            } else if level == fault.goal {
-                self.install_leaf(&change, vm, cell, old, fault, debt)?
-            } else if old.is_table(level) {
-                Attempt::Descend(pool.table(epoch, old.pfn()))
+            } else if level > fault.goal {
+                match self.grow(&change, vm, cache, cell, old, fault.gfn, level) {
+                    Some(child) => {
+                        table = child;
+                        level = level.below();
+                        continue;
+                    }
+                    None => Attempt::Again,
+                }
             } else if old.is_mmu_present() {
-                match self.split_leaf(&change, pool, cache, cell, old, fault.gfn, level) {
-                    Some(child) => Attempt::Descend(child),
-                    None => Attempt::Again,
-                }
+                self.change_leaf(&change, vm, cell, old, fault, debt)?
+            } else if change.set(cell, old, fault.leaf, level).is_ok() {
+                return Ok(FaultOutcome::Fixed);
             } else {
-                match self.link_table(&change, vm, cache, cell, old, fault.gfn, level) {
-                    Some(child) => Attempt::Descend(child),
-                    None => Attempt::Again,
-                }
+                Attempt::Again
             };
             match attempt {
                 Attempt::Outcome(outcome) => return Ok(outcome),
-                Attempt::Descend(child) => {
-                    table = child;
-                    level = level.down().unwrap_or(Level::L1);
-                }
                 Attempt::Again if lost < MAX_LOST => lost += 1,
                 Attempt::Again => return Ok(FaultOutcome::Retry),
             }
         }
     }
 
-    /// Link an empty table under an entry that has none. `None` when the race was lost.
+    /// A table where there is none yet: split the leaf that is there, or link an empty one.
+    /// `None` when the race was lost.
     #[inline(never)]
+    #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
+    fn grow<'g>(
+        &self,
+        change: &Change<'_, F>,
+        vm: &'g mmu_core::vm::VmCore<H>,
+        cache: &mut MmuCache,
+        cell: &SpteCell,
+        old: Spte,
+        gfn: Gfn,
+        level: Level,
+    ) -> Option<&'g PageTable> {
+        if old.is_mmu_present() {
+            self.split_leaf(change, vm.pool(), cache, cell, old, gfn, level)
+        } else {
+            self.link_table(change, vm, cache, cell, old, gfn, level)
+        }
+    }
+
+    /// Link an empty table under an entry that has none. `None` when the race was lost.
     #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
     fn link_table<'g>(
         &self,
@@ -312,28 +335,27 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         Some(vm.pool().owned_table(frame))
     }
 
-    /// Install the page in the entry at the goal level (KVM row 3.20).
-    #[inline]
-    fn install_leaf<'g>(
+    /// The entry at the goal level is there already: a leaf that may allow the access, or a table
+    /// that gives way to a huge leaf (KVM row 3.20).
+    #[inline(never)]
+    fn change_leaf(
         &self,
         change: &Change<'_, F>,
         vm: &mmu_core::vm::VmCore<H>,
         cell: &SpteCell,
         old: Spte,
         fault: &Resolved,
-        debt: &mut FlushDebt,
-    ) -> Result<Attempt<'g>, FaultError> {
+        debt: &mut Option<FlushDebt>,
+    ) -> Result<Attempt, FaultError> {
         let config = self.config();
-        let level = fault.goal;
-        if old.is_leaf(level) && (fault.prefetch || config.permits(old, fault.access)) {
-            return Ok(Attempt::Outcome(FaultOutcome::Spurious));
-        }
-        let new = make_leaf(config, fault);
+        let (level, new) = (fault.goal, fault.leaf);
         if old.is_leaf(level) {
-            let want = new.pfn();
-            if old.pfn() != want {
-                let gfn = fault.gfn;
-                return Err(FaultError::StaleMapping { gfn, mapped: old.pfn(), resolved: want });
+            if fault.prefetch || config.permits(old, fault.access) {
+                return Ok(Attempt::Outcome(FaultOutcome::Spurious));
+            }
+            let (mapped, resolved) = (config.pfn(old), config.pfn(new));
+            if mapped != resolved {
+                return Err(FaultError::StaleMapping { gfn: fault.gfn, mapped, resolved });
             }
             if new == old || !config.permits(new, fault.access) {
                 return Ok(Attempt::Outcome(FaultOutcome::Spurious));
@@ -343,7 +365,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return Ok(Attempt::Again);
         }
         if old.is_table(level) {
-            self.replace_table(change, vm, old, fault, debt);
+            self.replace_table(change, vm, old, fault, debt.get_or_insert_default());
         }
         Ok(Attempt::Outcome(FaultOutcome::Fixed))
     }
@@ -362,25 +384,32 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         change.owe(debt, GfnRange::entry(fault.gfn, fault.goal));
         let mut gone = ZapReport::default();
         if let Some(below) = fault.goal.down() {
-            change.remove_table(vm.pool(), old.pfn(), below, debt, &mut gone);
+            let table = self.config().pfn(old);
+            change.remove_table(vm.pool(), table, below, debt, &mut gone);
         }
     }
 }
 
 /// The entry for a resolved fault (KVM row 1.43).
 #[inline]
-fn make_leaf<F: SpteFormat>(config: &SpteConfig<F>, fault: &Resolved) -> Spte {
-    let writable = fault.page.writable && !fault.slot.is_read_only();
+fn make_leaf<F: SpteFormat>(
+    config: &SpteConfig<F>,
+    slot: &Memslot,
+    page: &HostPage,
+    level: Level,
+    access: Access,
+    prefetch: bool,
+) -> Spte {
+    let writable = page.writable && !slot.is_read_only();
     config.leaf(&LeafSpec {
-        pfn: fault.page.pfn.align_down(fault.goal),
-        level: fault.goal,
-        access: fault.slot.access(),
+        pfn: page.pfn.align_down(level),
+        level,
+        access: slot.access(),
         host_writable: writable,
         // A slot that is logged gets W only by a write, which the log then sees.
-        map_writable: writable
-            && (!fault.slot.logs_dirty() || fault.access.contains(Access::WRITE)),
+        map_writable: writable && (!slot.logs_dirty() || access.contains(Access::WRITE)),
         mmu_writable: writable,
-        accessed: !fault.prefetch,
+        accessed: !prefetch,
         memory_type: None,
         host_mmio: false,
     })

@@ -546,7 +546,7 @@ fn harvest_table<F: SpteFormat>(
             continue;
         }
         if !spte.is_leaf(level) {
-            return Some((index, spte.pfn()));
+            return Some((index, config.pfn(spte)));
         }
         report.add_leaf(config, spte, level);
         if level > Level::L1 {

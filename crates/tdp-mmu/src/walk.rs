@@ -38,7 +38,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             if !spte.is_table(level) {
                 return Some(Step { cell, spte, gfn: gfn.align_down(level), level });
             }
-            table = pool.table(section, spte.pfn());
+            table = pool.table(section, self.config().pfn(spte));
             level = level.down()?;
         }
     }
@@ -62,7 +62,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let spte = table.cell(gfn, level).load();
             walk.push((level, spte));
             let Some(below) = level.down().filter(|_| spte.is_table(level)) else { return walk };
-            table = work.vm.pool().table(&work.section, spte.pfn());
+            table = work.vm.pool().table(&work.section, self.config().pfn(spte));
             level = below;
         }
     }

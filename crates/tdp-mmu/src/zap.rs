@@ -119,7 +119,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let change = Change { config: self.config(), stats: work.stats };
             let pool = work.vm.pool();
             let section = work.section.epoch();
-            let iter = TdpIter::resume(pool, section, root.frame, root.role.level(), cursor);
+            let iter = TdpIter::resume(pool, section, root.frame, root.role.level(), cursor)
+                .with_encryption(self.config().encryption_mask());
             match zap_slice(&change, iter, range, debt, report) {
                 Some(next) => cursor = next,
                 None => return,

@@ -1,6 +1,6 @@
 //! A fake MMU over a vector of bits, and a random number generator whose seed is printed.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
 use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS};
@@ -71,14 +71,14 @@ impl FakeMmu {
     }
 
     /// Map 4 KiB pages, not young; a huge leaf there is split first.
-    pub(crate) fn map(&self, pages: std::ops::Range<u64>) {
+    pub(crate) fn map(&self, pages: core::ops::Range<u64>) {
         for gfn in pages {
             self.split(gfn);
             self.block(gfn).present[word(gfn)].fetch_or(1 << (gfn % 64), Ordering::Relaxed);
         }
     }
 
-    pub(crate) fn unmap(&self, pages: std::ops::Range<u64>) {
+    pub(crate) fn unmap(&self, pages: core::ops::Range<u64>) {
         for gfn in pages {
             self.split(gfn);
             let block = self.block(gfn);
@@ -249,7 +249,7 @@ impl Rng {
     }
 
     /// A run of pages inside `0..pages`, short ones more often.
-    pub(crate) fn pages(&mut self, pages: u64) -> std::ops::Range<u64> {
+    pub(crate) fn pages(&mut self, pages: u64) -> core::ops::Range<u64> {
         let start = self.below(pages);
         let length = 1 + (self.below(pages) >> self.below(10));
         start..pages.min(start + length)
@@ -257,6 +257,6 @@ impl Rng {
 }
 
 /// `[start, end)`.
-pub(crate) fn range(pages: std::ops::Range<u64>) -> GfnRange {
+pub(crate) fn range(pages: core::ops::Range<u64>) -> GfnRange {
     GfnRange::new(Gfn::new(pages.start), Gfn::new(pages.end))
 }

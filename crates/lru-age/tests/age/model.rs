@@ -1,8 +1,8 @@
 //! `AgeTable` and `AgePass` against a model that knows pages one by one and nothing of words, blocks
 //! or labels. Every failure prints its seed; `LRU_AGE_SEED=n` runs one seed alone.
 
+use core::ops::Range;
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 use crate::fake::{BLOCK, FakeMmu, Leaf, Rng, range};
 use lru_age::{
@@ -405,7 +405,7 @@ fn random_traces_agree_with_the_model_after_every_operation() {
 }
 
 /// Everything that can be asked of a table.
-fn dump(table: &AgeTable) -> impl PartialEq + std::fmt::Debug {
+fn dump(table: &AgeTable) -> impl PartialEq + core::fmt::Debug {
     let pages: Vec<_> = (0..PAGES).map(|gfn| table.page_age(Gfn::new(gfn))).collect();
     let order: Vec<_> = candidates(table).collect();
     (table.window(), pages, order, Histogram::of(table, 1 << 40))

@@ -210,9 +210,11 @@ impl Participant {
         // ORDERING[epoch-own]: Relaxed. Only this thread writes the word; pairs with the stores
         // below and in `retire`.
         let value = word.load(Ordering::Relaxed);
-        debug_assert!(value & 1 == 0, "section opened twice");
+        // Odd already: a guard was leaked. What it protected cannot be borrowed any more (we hold the
+        // participant), so that section ends here and the next one begins.
+        let open = value.wrapping_add(1) | 1;
         // ORDERING[epoch-own]: Relaxed; ordered by the fence that follows.
-        word.store(value.wrapping_add(1), Ordering::Relaxed);
+        word.store(open, Ordering::Relaxed);
         // ORDERING[epoch-dekker]: SeqCst fence. Pairs with the fence in `EpochDomain::drain` and
         // `Grace::start`: either they see our odd word, or we see what they published.
         fence(Ordering::SeqCst);
@@ -232,6 +234,11 @@ impl Participant {
 
 impl Drop for Participant {
     fn drop(&mut self) {
+        // ORDERING[epoch-own]: Relaxed. Only this thread writes the word.
+        if self.record().word.load(Ordering::Relaxed) & 1 == 1 {
+            // A leaked guard would hold up every drain for ever.
+            self.retire();
+        }
         // ORDERING[epoch-claim]: Release. Pairs with the Acquire in `EpochDomain::register`.
         self.record().claimed.store(0, Ordering::Release);
     }
@@ -262,7 +269,7 @@ impl<'p> EpochGuard<'p> {
 }
 
 impl Drop for EpochGuard<'_> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
         self.participant.retire();
     }

@@ -85,3 +85,22 @@ fn a_guard_of_another_domain_is_refused() {
     let guard = stranger.pin();
     published.read(&guard);
 }
+
+#[test]
+fn a_leaked_guard_neither_unprotects_the_next_section_nor_blocks_for_ever() {
+    let domain = domain(2);
+    let mut reader = domain.register().expect("room");
+    let lock = SpinLock::new(relax);
+    let lock = lock.lock();
+    let grace = Grace::new();
+    core::mem::forget(reader.pin());
+    let section = reader.pin();
+    grace.start(&domain, &lock);
+    assert!(!grace.elapsed(&domain, &lock), "the section after the leak protects");
+    drop(section);
+    assert!(grace.elapsed(&domain, &lock));
+    core::mem::forget(reader.pin());
+    drop(reader);
+    domain.register().expect("room").synchronize();
+    assert_eq!(domain.open_sections(), 0);
+}

@@ -380,6 +380,13 @@ impl<F: SpteFormat> SpteConfig<F> {
         spte.without(self.me_mask).pfn()
     }
 
+    /// Address bits of entries that memory encryption takes from the frame number (KVM row 1.26).
+    #[inline]
+    #[must_use]
+    pub const fn encryption_mask(&self) -> u64 {
+        self.me_mask
+    }
+
     /// The one class that `spte` belongs to when it stands at `level`.
     ///
     /// Looks at the shape only: a leaf may still have reserved bits
