@@ -1,10 +1,10 @@
 //! `cargo bench --bench rows -- [--quick] [--json FILE] [ROW...]`: the figures of
 //! `docs/PERFORMANCE.md`, measured.
 //!
-//! One row, one operation, one number with its spread, beside the target and the figure of KVM's own
-//! code. Owns the command line; the rest stands in `rows/`: `catalogue` (which rows exist),
-//! `harness` (timing, statistics, threads), `host` (the embedder and its VMs), and one file for each
-//! kind of operation. Nothing here is a test; operations check their results all the same.
+//! One row, one operation, one number with its spread, beside the target and the figure of KVM's
+//! own code. Owns the command line; the rest stands in `rows/`: `catalogue` (which rows exist),
+//! `harness` (timing, statistics, threads), `host` (the embedder and its VMs), and one file for
+//! each kind of operation. Nothing here is a test; operations check their results all the same.
 //!
 //! Exit status: 0 when everything asked for was measured, 2 for a wrong command line or a row that
 //! cannot be measured yet. Rows that this machine cannot measure are skipped with the reason.

@@ -86,6 +86,7 @@ fn on_every_format(check: impl Fn(&str, Flushes, u64, u64)) {
     one::<Ept>(Capabilities::ept(), mmu_model::Format::Ept(mmu_model::Ept::new()), &check);
 }
 
+// INVARIANT[I11].
 #[test]
 fn paid_flushes_are_seen_by_the_guest_and_forgotten_ones_are_missed() {
     on_every_format(|format, flushes, faults, young| match flushes {

@@ -151,6 +151,7 @@ fn every_answer_of_the_resolver_has_its_outcome() {
     guest.finish();
 }
 
+// INVARIANT[I7].
 #[test]
 fn a_reserved_bit_in_our_entry_is_reported_with_the_entry() {
     let mut guest = Guest::<Ept>::with_memory(Capabilities::ept(), 16, Level::L1);
@@ -334,6 +335,7 @@ fn faults_on_a_slot_that_is_being_deleted_retry() {
 
 /// Rows 3.22, 6.14: the level is the largest that fault, policy, hardware, host and the alignment
 /// of slot and page allow.
+// INVARIANT[I12].
 #[test]
 fn the_page_size_is_the_largest_that_everything_allows() {
     let shift = |level: Level| level.pages();
@@ -372,6 +374,7 @@ fn the_page_size_is_the_largest_that_everything_allows() {
     assert_eq!(cases, 135);
 }
 
+// INVARIANT[I12].
 #[test]
 fn a_slot_that_is_not_aligned_gets_the_pages_that_fit() {
     // Base, length, host frame, gfn: the level that fits.
@@ -699,5 +702,37 @@ fn encrypted_tables_are_walked_by_their_frames() {
     let count = guest.mmu.check(&mut guest.actor).unwrap();
     assert_eq!(count.leaves, [512, 0, 0]);
     assert_eq!(guest.unmap(range(BASE, BASE + 9)).leaves, [9, 0, 0]);
+    guest.finish();
+}
+
+/// I11: a huge page reaches beyond the faulting gfn; if any of it is being taken away it must not
+/// be installed, or the invalidation would end with its range mapped.
+#[test]
+fn a_huge_page_that_reaches_into_an_invalidation_is_not_installed() {
+    for outside in [range(BASE + M2, BASE + 2 * M2), range(0, BASE), range(0, 0)] {
+        huge_beside(outside, FaultOutcome::Fixed);
+    }
+    for inside in [range(BASE + 100, BASE + 101), range(0, BASE + 1), range(BASE + 511, BASE + G1)]
+    {
+        huge_beside(inside, FaultOutcome::Retry);
+    }
+}
+
+/// A fault on page 5 of a 2 MiB page while `taken` is being invalidated.
+fn huge_beside(taken: GfnRange, expected: FaultOutcome) {
+    let mut guest = Guest::<Ept>::with_memory(Capabilities::ept(), 2 * M2, Level::L2);
+    let mut other = guest.mmu.vm().actor().unwrap();
+    let vm = Arc::clone(guest.mmu.vm());
+    let begun = vm.notify().begin(other.participant(), taken);
+    let _ = guest.mmu.unmap(&mut guest.actor, taken);
+    let fault = PageFault::new(gpa(BASE + 5), PfErrorCode::WRITE);
+    assert_eq!(guest.vcpu.fault(&fault), Ok(expected), "{taken:?}");
+    for gfn in [BASE, BASE + 100, BASE + 511] {
+        let reaches = guest.found(gfn).is_some() && taken.contains(Gfn::new(gfn));
+        assert!(!reaches, "{gfn:#x} is mapped while {taken:?} is taken away");
+    }
+    drop(begun);
+    drop((other, vm));
+    guest.check();
     guest.finish();
 }

@@ -99,6 +99,7 @@ fn the_walk_visits_what_a_naive_walk_visits_in_the_same_order() {
     });
 }
 
+// INVARIANT[I23].
 #[test]
 fn a_walk_that_always_yields_ends_and_misses_nothing() {
     for seed in 0..20 {

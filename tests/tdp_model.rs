@@ -62,6 +62,7 @@ fn run<F: Modelled>(caps: Capabilities, total: &mut u64, happened: &mut [u64; 9]
     }
 }
 
+// INVARIANT[I1], INVARIANT[I3], INVARIANT[I4], INVARIANT[I5], INVARIANT[I24].
 #[test]
 fn millions_of_random_calls_agree_with_the_specification() {
     let (mut total, mut happened) = (0, [0; 9]);

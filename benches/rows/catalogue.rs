@@ -113,7 +113,12 @@ pub const FAMILIES: &[Family] = &[
         run: stall::unmap,
     },
     Family {
-        rows: &[new("walk_seq", NS).target(3.0).kvm(13.9), new("walk_rand", NS).kvm(52.0)],
+        rows: &[
+            new("walk_seq", NS).target(3.0).kvm(13.9),
+            new("walk_rand", NS).kvm(52.0),
+            new("walk_batch16", NS).target(6.0).kvm(58.0),
+            new("walk_one", NS).kvm(13.9),
+        ],
         run: walk::rows,
     },
     Family {
@@ -133,7 +138,6 @@ pub const NOT_YET: &[&str] = &[
     "clear_log64",
     "split",
     "collapse",
-    "walk_batch16",
     "shadow_fault",
     "shadow_fault_prefetch",
     "rmap_add_remove",

@@ -1,6 +1,7 @@
 //! Timing, repetitions, pinned threads, and the figures they end in.
 
 use std::io::IsTerminal;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -48,6 +49,8 @@ impl Figure {
 
 impl Bench {
     pub fn new(quick: bool) -> Self {
+        // Asked before this thread is pinned.
+        cpus();
         pin(0);
         Self {
             quick,
@@ -105,11 +108,6 @@ impl Bench {
         }
         self.record(row, n, values, String::new());
     }
-
-    /// The median of a row measured earlier in this run.
-    pub fn median_of(&self, row: &str) -> Option<f64> {
-        self.figures.iter().find(|figure| figure.row == row).map(Figure::median)
-    }
 }
 
 /// Nanoseconds that `work` takes.
@@ -129,7 +127,6 @@ pub fn ticks() -> u64 {
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
-        use std::sync::OnceLock;
         static START: OnceLock<Instant> = OnceLock::new();
         START.get_or_init(Instant::now).elapsed().as_nanos() as u64
     }
@@ -142,9 +139,10 @@ fn calibrate() -> f64 {
     ns / passed as f64
 }
 
-/// CPUs this process may use.
+/// CPUs this process may use, as it started: threads that are pinned see one.
 pub fn cpus() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    static CPUS: OnceLock<usize> = OnceLock::new();
+    *CPUS.get_or_init(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// Keep this thread on one CPU.

@@ -122,7 +122,7 @@ unsafe impl PhysMap for BenchHost {
         self.arena.reclaim(frame);
     }
 
-    #[inline]
+    #[inline(always)]
     fn table(&self, frame: Pfn) -> NonNull<PageTable> {
         self.arena.table(frame)
     }

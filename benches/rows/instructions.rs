@@ -10,7 +10,7 @@ use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 use crate::age::Bitmap;
 use crate::harness::Random;
 use crate::host::{Shape, Vm, expect, forbidden_write, map, write};
-use crate::walk::look;
+use crate::walk::{look, look_batch, look_once};
 
 /// Rows that can be counted.
 pub const NAMES: &[&str] = &[
@@ -29,6 +29,8 @@ pub const NAMES: &[&str] = &[
     "age_bitmap",
     "walk_seq",
     "walk_rand",
+    "walk_batch16",
+    "walk_one",
 ];
 
 /// Pages that exist, however many are used.
@@ -50,10 +52,12 @@ pub fn run(row: &str, count: u64) -> Result<(), String> {
     let shape = Shape::new(PAGES * level.pages());
     let accessed_dirty = row != "fast_fault_tracked";
     let mut vm = Vm::new(Shape { level, accessed_dirty, ..shape });
-    let order: Vec<u64> = Random::new(5).permutation(PAGES).into_iter().map(u64::from).collect();
+    let order = Random::new(5).permutation(PAGES);
     if row.starts_with("fault") {
         match row {
-            "fault_4k_rand" => map(&mut vm.vcpu, order.into_iter().take(count as usize)),
+            "fault_4k_rand" => {
+                map(&mut vm.vcpu, order[..count as usize].iter().map(|gfn| u64::from(*gfn)))
+            }
             _ => map(&mut vm.vcpu, (0..count).map(|page| page * level.pages())),
         }
         return Ok(());
@@ -63,7 +67,7 @@ pub fn run(row: &str, count: u64) -> Result<(), String> {
     Ok(())
 }
 
-fn on_mapped(row: &str, vm: &mut Vm, order: &[u64], count: u64) {
+fn on_mapped(row: &str, vm: &mut Vm, order: &[u32], count: u64) {
     let tables = vm.leaf_tables();
     let part = GfnRange::new(Gfn::new(0), Gfn::new(count));
     let all = AgeRequest { range: vm.range(), mode: AgeMode::Clear, budget: u64::MAX };
@@ -82,8 +86,10 @@ fn on_mapped(row: &str, vm: &mut Vm, order: &[u64], count: u64) {
             }
         }
         "unmap_range" => assert_eq!(vm.mmu.unmap(vm.vcpu.actor(), part).pages(), count),
-        "walk_seq" => look(vm, 0..count),
-        "walk_rand" => look(vm, order.iter().copied().take(count as usize)),
+        "walk_seq" => look(vm, &(0..count as u32).collect::<Vec<_>>()),
+        "walk_rand" => look(vm, &order[..count as usize]),
+        "walk_batch16" => look_batch(vm, &order[..count as usize]),
+        "walk_one" => look_once(vm, &order[..count as usize]),
         _ => {
             let percent = match row {
                 "age_1" | "age_bitmap" => 1,

@@ -1,8 +1,6 @@
 //! Taking pages away.
 
-use mmu_core::epoch::Participant;
-
-use crate::harness::{Bench, time};
+use crate::harness::{Bench, ticks, time};
 use crate::host::{Shape, Vm};
 
 /// `unmap_range`: everything in one call.
@@ -26,34 +24,33 @@ pub fn range(bench: &mut Bench, _: &dyn Fn(&str) -> bool) {
 pub fn all(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
     let mut vm = Vm::new(Shape { participants: 440, ..Shape::new(bench.pages()) });
     let mut total = Vec::new();
+    let ns_per_tick = bench.ns_per_tick;
     if wanted("zap_all_visible") || wanted("zap_all_total") {
         bench.repeat("zap_all_visible", 1, || {
             vm.populate();
-            zap(&mut vm, &mut total)
+            zap(&mut vm, &mut total, ns_per_tick)
         });
         let per_page = total.iter().skip(1).map(|ns| ns / vm.pages as f64).collect();
         bench.record("zap_all_total", vm.pages, per_page, String::new());
     }
     if wanted("zap_all_visible_416") {
         let _others: Vec<_> = (0..416).map(|_| vm.actor()).collect();
-        let _: Option<Participant> = None;
         bench.repeat("zap_all_visible_416", 1, || {
             vm.populate();
-            zap(&mut vm, &mut total)
+            zap(&mut vm, &mut total, ns_per_tick)
         });
     }
 }
 
 /// The visible part is returned, the whole is noted.
-fn zap(vm: &mut Vm, total: &mut Vec<f64>) -> f64 {
+fn zap(vm: &mut Vm, total: &mut Vec<f64>, ns_per_tick: f64) -> f64 {
     let mut visible = 0.0;
     let whole = time(|| {
-        let mut work = None;
-        visible = time(|| {
-            work = Some(vm.mmu.invalidate_roots(vm.vcpu.actor()));
-            vm.vcpu.load_root().expect("frames");
-        });
-        let report = work.expect("just made").finish(vm.vcpu.actor());
+        let begun = ticks();
+        let work = vm.mmu.invalidate_roots(vm.vcpu.actor());
+        vm.vcpu.load_root().expect("frames");
+        visible = (ticks() - begun) as f64 * ns_per_tick;
+        let report = work.finish(vm.vcpu.actor());
         assert_eq!(report.pages(), vm.pages);
     });
     total.push(whole);

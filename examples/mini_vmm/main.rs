@@ -1,11 +1,11 @@
 //! A VMM whose guests run on page tables that the crates of this repository built.
 //!
 //! The guest is a program at CPL 3; its linear pages are the guest frames that `tdp-mmu` maps. On
-//! /dev/kvm the real CPU walks the tables; without it a software CPU with a TLB of its own does. Run
-//! `--help` for the commands.
+//! /dev/kvm the real CPU walks the tables; without it a software CPU with a TLB of its own does.
+//! Run `--help` for the commands.
 //!
-//! Reading order: `machine` (what a machine offers), `host` (the VMM as embedder of the crates), `vmm`
-//! (the loop from exit to fault), `scenario/*`.
+//! Reading order: `machine` (what a machine offers), `host` (the VMM as embedder of the crates),
+//! `vmm` (the loop from exit to fault), `scenario/*`.
 #![allow(clippy::cast_possible_truncation, reason = "an example on 64-bit hosts")]
 
 mod cli;

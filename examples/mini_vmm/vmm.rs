@@ -1,7 +1,7 @@
 //! A VM: a machine, the MMU under test, and the loop that turns exits into faults.
 //!
-//! Owns [`Vmm`] and [`VmmVcpu`]. Every scenario builds one, runs commands on its vCPUs, and ends with
-//! [`Vmm::teardown`], which checks that nothing is left.
+//! Owns [`Vmm`] and [`VmmVcpu`]. Every scenario builds one, runs commands on its vCPUs, and ends
+//! with [`Vmm::teardown`], which checks that nothing is left.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,8 +1,8 @@
 //! The specification: what is mapped after which call, and what every call answers.
 //!
 //! [`Map`] is a sorted map of leaves per address space, plus the slots. It knows page sizes, since
-//! unmapping and aging act on whole leaves, but no tables, locks, epochs or flushes. Written from the
-//! behaviour rows (`docs/KVM_PARITY.md`), not from the sources: it shares no code with them.
+//! unmapping and aging act on whole leaves, but no tables, locks, epochs or flushes. Written from
+//! the behaviour rows (`docs/KVM_PARITY.md`), not from the sources: it shares no code with them.
 
 use std::collections::BTreeMap;
 

@@ -47,6 +47,9 @@ pub const G1: u64 = 512 * 512;
 /// A resolver.
 pub type Resolve = dyn Fn(&Memslot, Gfn, Access) -> Result<HostPage, ResolveError> + Send + Sync;
 
+/// Called by a wait for a flush.
+pub type Hook = dyn Fn(&Batch) + Send + Sync;
+
 /// A flush that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
@@ -79,7 +82,7 @@ pub struct TestHost {
     recording: AtomicBool,
     cores: RwLock<Vec<Arc<Mutex<Core>>>>,
     /// Called by every wait for a flush, before the flush is done.
-    before_flush: RwLock<Option<Arc<dyn Fn(&Batch) + Send + Sync>>>,
+    before_flush: RwLock<Option<Arc<Hook>>>,
     delay_us: AtomicU64,
     /// Frames handed out and not back.
     outstanding: Arc<AtomicI64>,
@@ -137,7 +140,7 @@ impl TestHost {
         self.recording.store(on, Ordering::Relaxed);
     }
 
-    pub fn before_flush(&self, hook: Option<Arc<dyn Fn(&Batch) + Send + Sync>>) {
+    pub fn before_flush(&self, hook: Option<Arc<Hook>>) {
         *self.before_flush.write().unwrap() = hook;
     }
 
@@ -171,7 +174,7 @@ impl TestHost {
 
     fn word(&self, pa: u64) -> Option<&mmu_core::spte::cell::SpteCell> {
         let frame = (pa >> 12).checked_sub(TABLES).filter(|n| *n < self.arena.frames())?;
-        let index = usize::try_from(pa % 4096 / 8).ok().filter(|_| pa % 8 == 0)?;
+        let index = usize::try_from(pa % 4096 / 8).ok().filter(|_| pa & 7 == 0)?;
         raw::table(&self.arena, Pfn::new(TABLES + frame)).entries().get(index)
     }
 }

@@ -199,6 +199,12 @@ impl<F: Modelled> World<F> {
         Ok(vcpu)
     }
 
+    /// A root for each space.
+    pub fn load_roots(&mut self) -> Result<(), tdp_mmu::RootError> {
+        self.vcpu(0)?;
+        self.vcpu(1).map(|_| ())
+    }
+
     /// Make a call to both. An error is one of memory only, and then nothing has changed.
     ///
     /// # Panics
@@ -405,7 +411,7 @@ impl<F: Modelled> World<F> {
         let id = id % SLOTS;
         let base = Self::place(place, id);
         // Congruent with gfns that are multiples of 1 GiB, except for odd places.
-        let pfn = DATA + u64::from(id) * 16 * G1 + (base & (M2 - 1)) * u64::from(place >> 7 & 1);
+        let pfn = DATA + u64::from(id) * 16 * G1 + (base & (M2 - 1)) * (place >> 7 & 1);
         for space in Self::spaces(id) {
             let slot = Slot { base, pages, pfn, read_only, log: false };
             let old = self.spec.slots.get(&(space, id)).copied();
@@ -499,10 +505,15 @@ impl<F: Modelled> World<F> {
             let pages = [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G];
             assert_eq!(pages.map(|counter| self.guest.stat(counter)), count.leaves);
             assert_eq!(self.guest.stat(Counter::Tables), count.tables, "tables");
-            let cached = self.guest.cached() + self.smm.actor().shared().cache.len() as u64;
+            let cached = self.cached();
             assert_eq!(self.guest.mmu.vm().pool().frames_in_use(), count.tables + cached);
         }
         assert_eq!(self.guest.stat(Counter::FlushOwed), self.guest.stat(Counter::FlushPaid));
+    }
+
+    /// Frames in the caches of all threads.
+    pub fn cached(&mut self) -> u64 {
+        self.guest.cached() + self.smm.actor().shared().cache.len() as u64
     }
 
     /// Tear down; nothing may be left.

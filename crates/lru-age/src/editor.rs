@@ -200,8 +200,8 @@ impl<'t> AgeEditor<'t> {
     }
 
     /// Open a new youngest generation at `now_ms`; the oldest is folded into the next when there
-    /// are as many as there may be (row 5.23). Returns the pages folded; `None` when the numbers are
-    /// exhausted, and nothing changed.
+    /// are as many as there may be (row 5.23). Returns the pages folded; `None` when the numbers
+    /// are exhausted, and nothing changed.
     pub(crate) fn open_generation(&mut self, now_ms: u64) -> Option<u64> {
         let next = self.window.advanced()?;
         let mut folded = 0;
@@ -319,5 +319,43 @@ fn any_referenced(summary: Summary, pages: &Block) -> bool {
 fn clear(pages: &Block) {
     for group in pages {
         word::store(group, word::load_own(group), [0; 4]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mmu_core::addr::Gfn;
+
+    use super::*;
+    use crate::Seq;
+
+    /// Folding must not rewrite the many cold pages for the sake of the few that are newer.
+    #[test]
+    fn folding_keeps_the_label_of_the_larger_generation() {
+        for (older, newer) in [(500, 12), (12, 500)] {
+            let mut table = AgeTable::new(0);
+            table.add_range(GfnRange::from_len(Gfn::new(0), BLOCK_PAGES)).unwrap();
+            let mut editor = table.edit().unwrap();
+            let mut counts = PassCounts::default();
+            let [region] = table.regions() else { panic!("one range was added") };
+            let (first, all) = (mask(0, older), mask(0, older + newer));
+            let none = mask(0, 0);
+            let rules = editor.rules(Promotion::SecondChance);
+            editor.pages(region, 0, &first, &first, &none, rules, &mut counts);
+            let _ = editor.open_generation(0).unwrap();
+            let rules = editor.rules(Promotion::SecondChance);
+            editor.pages(region, 0, &all, &all, &none, rules, &mut counts);
+            let labels = [3, 4].map(|seq| table.window().label(Seq::new(seq)));
+            assert_eq!([3, 4].map(|seq| table.pages_in(Seq::new(seq))), [older, newer]);
+            let folded: u64 = (0..3).filter_map(|_| editor.open_generation(0)).sum();
+            let window = table.window();
+            assert_eq!((folded, window.min_seq()), (older, Seq::new(4)));
+            let [older_label, newer_label] = labels;
+            let survivor = if older > newer { older_label } else { newer_label };
+            assert_eq!(window.label(Seq::new(4)), survivor, "{older} into {newer}");
+            assert_eq!(table.pages_in(Seq::new(4)), BLOCK_PAGES);
+            drop(editor);
+            table.check().unwrap();
+        }
     }
 }

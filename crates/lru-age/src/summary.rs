@@ -5,7 +5,7 @@
 //! all 0, so that aging a 2 MiB leaf is one store and, where the allocator hands out lazily zeroed
 //! memory, the words never cost a page. Any other block has level 1 and its words are the truth.
 //!
-//! INVARIANT[summary]: the counts equal a recount of the words; they sum to at most 512; a huge
+//! INVARIANT[I27]: the counts equal a recount of the words; they sum to at most 512; a huge
 //! block has one label, all 512 pages, and zero words.
 
 use mmu_core::addr::Level;

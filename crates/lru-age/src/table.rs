@@ -4,7 +4,7 @@
 //! read through `&AgeTable` at any time; changes go through the one [`AgeEditor`] (a pass holds it)
 //! and ranges come and go through `&mut AgeTable`.
 //!
-//! INVARIANT[totals]: with no editor open, the counts equal a recount of all pages
+//! INVARIANT[I26]: with no editor open, the counts equal a recount of all pages
 //! ([`AgeTable::check`]).
 
 use alloc::vec::Vec;
@@ -252,7 +252,7 @@ impl AgeTable {
         self.regions.get(self.position(gfn)).filter(|region| region.range().contains(gfn))
     }
 
-    /// Recount everything and compare with what is kept (invariants `summary` and `totals`).
+    /// Recount everything and compare with what is kept (invariants I26 and I27).
     /// Reads every block: for tests and for the `prove` builds of embedders.
     ///
     /// # Errors
@@ -382,8 +382,8 @@ impl Totals {
     fn adjust(&self, size: usize, label: Label, left: u64, entered: u64) {
         let total = self.0.get(size).and_then(|sizes| sizes.get(to_index(label.get())));
         if let Some(total) = total {
-            // ORDERING[age-editor]: Relaxed. The editor is ours: only its holder stores, so load and
-            // store need not be one operation.
+            // ORDERING[age-editor]: Relaxed. The editor is ours: only its holder stores, so load
+            // and store need not be one operation.
             let old = total.load(Ordering::Relaxed);
             // ORDERING[age-totals]: Release. Pairs with Acquire in `of`. Publishes: the window
             // under which the labels were chosen.

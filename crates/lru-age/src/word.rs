@@ -209,7 +209,7 @@ pub(crate) struct Seen {
 /// One page out of the four words of its group: (label, referenced), `None` when not tracked.
 pub(crate) fn page(words: [u64; 4], gfn: Gfn) -> Option<(Label, bool)> {
     let planes = Planes::from_words(words);
-    let bit = 1_u64 << (gfn.get() % 64);
+    let bit = 1_u64 << (gfn.get() % BLOCK_PAGES % 64);
     if planes.tracked & bit == 0 {
         return None;
     }

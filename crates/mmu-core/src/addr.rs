@@ -295,11 +295,11 @@ impl Level {
     #[inline]
     #[must_use]
     pub const fn below(self) -> Self {
-        match self {
-            Self::L1 | Self::L2 => Self::L1,
-            Self::L3 => Self::L2,
-            Self::L4 => Self::L3,
-            Self::L5 => Self::L4,
+        match self.number() - 1 {
+            0 | 1 => Self::L1,
+            2 => Self::L2,
+            3 => Self::L3,
+            _ => Self::L4,
         }
     }
 

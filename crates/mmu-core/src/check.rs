@@ -122,6 +122,7 @@ pub fn check_tree<F: SpteFormat, P: PhysMap>(
         if let (true, Some(below)) = (spte.is_table(level), level.down()) {
             let table = config.pfn(spte);
             let place = pool.place(table);
+            // INVARIANT[I1]: a link leads to a table that was made for this very place.
             if place != (gfn, below) {
                 let rule = Rule::WrongPlace { frame: table, gfn: place.0, level: place.1 };
                 return Err(CheckError { gfn, level, spte, rule });
@@ -142,6 +143,7 @@ fn check_entry<F: SpteFormat>(
     let broken = |rule| Err(CheckError { gfn, level, spte, rule });
     match config.kind(spte, level) {
         SpteKind::Empty => return Ok(()),
+        // INVARIANT[I4]: none is left at rest.
         SpteKind::Frozen => return broken(Rule::Frozen),
         SpteKind::Corrupt => return broken(Rule::Corrupt),
         SpteKind::Mmio => {
@@ -150,6 +152,7 @@ fn check_entry<F: SpteFormat>(
         }
         SpteKind::Table => count.tables += 1,
         SpteKind::Leaf => {
+            // INVARIANT[I5]: W, MMU-writable and host-writable imply each other in this order.
             if !config.writable_invariants_hold(spte) {
                 return broken(Rule::Writable);
             }
@@ -161,6 +164,7 @@ fn check_entry<F: SpteFormat>(
             count.tracked += u64::from(config.is_access_tracked(spte));
         }
     }
+    // INVARIANT[I7]: no bit that hardware reserves.
     match config.reserved_bits(spte, level) {
         0 => Ok(()),
         bits => broken(Rule::Reserved { bits }),

@@ -1,8 +1,8 @@
 //! Page faults as the MMU sees them, and what comes of them.
 //!
-//! Owns [`PageFault`] (the decoded exit), [`FaultOutcome`] (KVM's RET_PF_*, rows 0.3.1 to 0.3.7) and
-//! [`FaultError`] (row 0.3.8). Outcomes are values the vCPU loop acts on; errors are what no retry
-//! mends.
+//! Owns [`PageFault`] (the decoded exit), [`FaultOutcome`] (KVM's RET_PF_*, rows 0.3.1 to 0.3.7)
+//! and [`FaultError`] (row 0.3.8). Outcomes are values the vCPU loop acts on; errors are what no
+//! retry mends.
 
 use core::fmt;
 

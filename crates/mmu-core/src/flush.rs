@@ -2,9 +2,9 @@
 //!
 //! Owns [`FlushDebt`]: which ranges a change has made stale in TLBs, and which tables it unlinked.
 //! Debts merge upward and are paid by [`VmCore::pay`](crate::vm::VmCore::pay), which asks the
-//! embedder's [`TlbFlush`](crate::traits::TlbFlush), waits for completion, and only then retires the
-//! tables. So a table cannot be reused before its flush (KVM rows 0.2.7, 3.63), and forgetting to pay
-//! is a compile warning and, in debug builds, a panic.
+//! embedder's [`TlbFlush`](crate::traits::TlbFlush), waits for completion, and only then retires
+//! the tables. So a table cannot be reused before its flush (KVM rows 0.2.7, 3.63), and forgetting
+//! to pay is a compile warning and, in debug builds, a panic.
 
 use arrayvec::ArrayVec;
 use core::fmt;
@@ -98,7 +98,13 @@ impl FlushDebt {
     /// Owe a flush of `range` for one change.
     #[inline]
     pub fn owe(&mut self, range: GfnRange) {
-        self.changes += 1;
+        self.owe_many(range, 1);
+    }
+
+    /// Owe a flush of `range` for `changes` changes in it.
+    #[inline]
+    pub fn owe_many(&mut self, range: GfnRange, changes: u64) {
+        self.changes += changes;
         // The common case: a walk goes upward, and this range touches the last one.
         if let Some(last) = self.ranges.last_mut() {
             if last.start <= range.start && range.start <= last.end {
@@ -177,6 +183,7 @@ impl FlushDebt {
 
 impl Drop for FlushDebt {
     fn drop(&mut self) {
+        // INVARIANT[I11]: nothing is forgotten between a change and its flush.
         debug_assert!(self.is_empty(), "a flush debt was dropped unpaid (I11): {self:?}");
     }
 }

@@ -10,10 +10,10 @@
 //!    statistics, and the table it changes.
 //! 4. **`unsafe` stands in three files**: [`frame::raw`], [`frame::arena`], [`epoch::publish`].
 //!
-//! Reading order: [`addr`], [`spte`] (what an entry means), [`frame`] (where tables live), [`epoch`]
-//! and [`lock`] (who may still be looking), [`flush`] and [`notify`] (what is owed, what must retry),
-//! [`slot`] (guest memory), [`vm`] (all of it together). The MMUs are `tdp-mmu` and `shadow-mmu`;
-//! `lru-age` ages either through [`traits::AgeRange`].
+//! Reading order: [`addr`], [`spte`] (what an entry means), [`frame`] (where tables live),
+//! [`epoch`] and [`lock`] (who may still be looking), [`flush`] and [`notify`] (what is owed, what
+//! must retry), [`slot`] (guest memory), [`vm`] (all of it together). The MMUs are `tdp-mmu` and
+//! `shadow-mmu`; `lru-age` ages either through [`traits::AgeRange`].
 #![no_std]
 #![deny(unsafe_code)]
 

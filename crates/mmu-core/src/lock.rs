@@ -1,10 +1,10 @@
 //! The MMU lock: a big-reader lock whose modes are types.
 //!
-//! Owns [`MmuLock`] and its guards. [`Shared`] is what faults and zaps of TDP tables hold: taking it
-//! is one announcement in the thread's own epoch word ([`crate::epoch`]), so it is an epoch pin too
-//! and writes no line that another vCPU writes. [`Exclusive`] waits until every announced section
-//! has ended and keeps new Shared sections out; bare epoch pins (aging, fast faults, lookups) are
-//! never kept out.
+//! Owns [`MmuLock`] and its guards. [`Shared`] is what faults and zaps of TDP tables hold: taking
+//! it is one announcement in the thread's own epoch word ([`crate::epoch`]), so it is an epoch pin
+//! too and writes no line that another vCPU writes. [`Exclusive`] waits until every announced
+//! section has ended and keeps new Shared sections out; bare epoch pins (aging, fast faults,
+//! lookups) are never kept out.
 //!
 //! Rank: below the slots writer, above every spin lock. An Exclusive holder may not wait for
 //! anything but sections (it holds up all faults).
@@ -36,7 +36,7 @@ impl MmuLock {
     ///
     /// # Panics
     /// In debug builds, when `participant` belongs to another domain.
-    #[inline]
+    #[inline(always)]
     pub fn shared<'p>(&self, participant: &'p mut Participant) -> Shared<'p> {
         debug_assert!(Arc::ptr_eq(&self.domain, participant.domain()), "another VM's participant");
         loop {

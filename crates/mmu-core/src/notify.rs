@@ -9,8 +9,8 @@
 //! for, so its entry is there to be zapped; one opened after it sees the range, or, if the
 //! invalidation has ended, a sequence number newer than its snapshot. Faults elsewhere never wait.
 //!
-//! Rank: `begin` takes `&mut Participant`, so it cannot be called inside a section; the spin lock is a
-//! leaf. Slot changes wait until no invalidation is in progress (KVM row 6.8): see
+//! Rank: `begin` takes `&mut Participant`, so it cannot be called inside a section; the spin lock
+//! is a leaf. Slot changes wait until no invalidation is in progress (KVM row 6.8): see
 //! [`Invalidations::when_idle`].
 
 use alloc::sync::Arc;
@@ -67,12 +67,13 @@ impl Invalidations {
         Snapshot(self.seq.load(Ordering::Acquire))
     }
 
-    /// Must a fault on `gfn`, which resolved its page after `snapshot`, throw it away?
+    /// Must a fault that is about to map `pages`, which it resolved after `snapshot`, throw them
+    /// away? `pages` is all that the entry maps: one taken out of a huge page takes it all.
     ///
     /// Authoritative only inside the Shared section in which the entry is installed.
     #[inline]
     #[must_use]
-    pub fn must_retry(&self, _section: &Shared<'_>, snapshot: Snapshot, gfn: Gfn) -> bool {
+    pub fn must_retry(&self, _section: &Shared<'_>, snapshot: Snapshot, pages: GfnRange) -> bool {
         // ORDERING[invalidate-count]: Acquire. Pairs with the Release in `begin` (the range is
         // complete) and in `Invalidation::drop` (the new seq is visible).
         if self.count.load(Ordering::Acquire) != 0 {
@@ -81,7 +82,7 @@ impl Invalidations {
             let start = self.start.load(Ordering::Acquire);
             // ORDERING[invalidate-range]: Acquire. As above.
             let end = self.end.load(Ordering::Acquire);
-            if start <= gfn.get() && gfn.get() < end {
+            if start < pages.end.get() && pages.start.get() < end {
                 return true;
             }
         }
@@ -232,7 +233,7 @@ mod tests {
         let mut vcpu = domain.register().expect("room");
         let mut host = domain.register().expect("room");
         let retry = |vcpu: &mut Participant, snapshot, gfn| {
-            all.must_retry(&lock.shared(vcpu), snapshot, Gfn::new(gfn))
+            all.must_retry(&lock.shared(vcpu), snapshot, range(gfn, gfn + 1))
         };
 
         let before = all.snapshot();

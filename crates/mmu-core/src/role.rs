@@ -1,7 +1,7 @@
 //! Roles: what makes two page-table trees interchangeable.
 //!
-//! Owns [`RootRole`], one word that two roots share exactly when a vCPU may use either (KVM row 3.1).
-//! Shadow pages get richer roles in `shadow-mmu`; this one describes direct (TDP) roots.
+//! Owns [`RootRole`], one word that two roots share exactly when a vCPU may use either (KVM row
+//! 3.1). Shadow pages get richer roles in `shadow-mmu`; this one describes direct (TDP) roots.
 
 use core::fmt;
 

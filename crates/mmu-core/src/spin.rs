@@ -2,7 +2,8 @@
 //!
 //! Owns [`SpinLock`]. It holds no data: what it protects stands beside it in
 //! [`plain`](crate::sync::plain) atomics, and functions that touch it ask for the guard. That costs
-//! nothing on x86 and needs no `unsafe`. Lock order: a leaf; no other lock is taken under it.
+//! nothing on x86 and needs no `unsafe`. Lock order: a leaf; nothing is taken under it but, under
+//! the pool's, whatever lock its [`PhysMap`](crate::frame::PhysMap) has of its own.
 
 use core::fmt;
 

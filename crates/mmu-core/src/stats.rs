@@ -1,8 +1,8 @@
 //! Statistics without shared lines: one shard per participant, summed when somebody asks.
 //!
-//! Owns [`Stats`], [`Counter`] and [`StatsShard`]. A shard is written by its participant only (plain
-//! load and store, no read-modify-write), so counting costs about a nanosecond and no transfer.
-//! Gauges such as [`Counter::Pages4K`] wrap per shard and are right in the sum.
+//! Owns [`Stats`], [`Counter`] and [`StatsShard`]. A shard is written by its participant only
+//! (plain load and store, no read-modify-write), so counting costs about a nanosecond and no
+//! transfer. Gauges such as [`Counter::Pages4K`] wrap per shard and are right in the sum.
 //! KVM rows 3.11 and 3.59.
 
 use alloc::vec::Vec;

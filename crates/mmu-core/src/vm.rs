@@ -318,13 +318,35 @@ impl<H: Host> Actor<H> {
     #[inline]
     #[must_use]
     pub fn find_slot(&mut self, space: u16, gfn: Gfn) -> FoundSlot {
-        if let Some(copy) = &self.slot {
-            let fits = copy.slot.contains(gfn) && copy.slot.as_id == space;
-            if fits && copy.generation == self.vm.slots.generation() {
-                return FoundSlot { slot: Some(copy.slot), generation: copy.generation };
+        match self.slot {
+            Some(copy) if self.is_current(&copy, space, gfn) => {
+                FoundSlot { slot: Some(copy.slot), generation: copy.generation }
             }
+            _ => self.look_up_slot(space, gfn),
         }
-        self.look_up_slot(space, gfn)
+    }
+
+    #[inline(always)]
+    fn is_current(&self, copy: &SlotCopy, space: u16, gfn: Gfn) -> bool {
+        let fits = copy.slot.contains(gfn) && copy.slot.as_id == space;
+        fits && copy.generation == self.vm.slots.generation()
+    }
+
+    /// Find the slot that holds `gfn` in address space `space` and keep it; `false` where the guest
+    /// has no memory. [`kept_slot`](Self::kept_slot) is then it, without a copy.
+    #[inline(always)]
+    #[must_use]
+    pub fn keep_slot(&mut self, space: u16, gfn: Gfn) -> bool {
+        let current = self.slot.as_ref().is_some_and(|copy| self.is_current(copy, space, gfn));
+        current || self.look_up_slot(space, gfn).slot.is_some()
+    }
+
+    /// The slot of the last successful [`keep_slot`](Self::keep_slot), and the generation of the
+    /// set it is from; check that with [`VmCore::slots`] inside the section in which it is used.
+    #[inline(always)]
+    #[must_use]
+    pub fn kept_slot(&self) -> Option<(&Memslot, u64)> {
+        self.slot.as_ref().map(|copy| (&copy.slot, copy.generation))
     }
 
     #[cold]

@@ -1,14 +1,13 @@
 //! Aging without a lock: read and clear accessed bits, a table at a time.
 //!
-//! Implements [`AgeRange`] for [`TdpMmu`] (KVM rows 5.1 to 5.9, 5.13). Only an epoch is pinned, for at
-//! most [`SLICE_ENTRIES`](crate::zap::SLICE_ENTRIES) entries at a time, so aging never waits for the
-//! MMU lock and holds nobody up. Each clearing is one compare-exchange without retry: a lost one means
-//! that the entry is in use or going away, and counts as young (race table R1 to R13).
+//! Implements [`AgeRange`] for [`TdpMmu`] (KVM rows 5.1 to 5.9, 5.13). Only an epoch is pinned, for
+//! at most [`SLICE_ENTRIES`] entries at a time, so aging never waits for the MMU lock and holds
+//! nobody up. Each clearing is one compare-exchange without retry: a lost one means that the entry
+//! is in use or going away, and counts as young (race table R1 to R13).
 
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::PhysMap;
-use mmu_core::frame::raw::prefetch;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::Counter;
@@ -19,6 +18,7 @@ use crate::change::Change;
 use crate::iter::{Cursor, LeafTable, Step, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::RootFilter;
+use crate::scan;
 use crate::zap::SLICE_ENTRIES;
 
 impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
@@ -39,7 +39,7 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         let mut debt = FlushDebt::new();
         let mut range = request.range;
         let mut first = true;
-        for index in 0..self.roots().capacity() {
+        for index in 0..self.roots().reach() {
             // The budget bounds the first root; the others catch up with it.
             let budget = if first { request.budget } else { u64::MAX };
             let job = Job { range, mode: request.mode, budget };
@@ -156,29 +156,41 @@ impl<F: SpteFormat, S: AgeSink> Slice<'_, F, S> {
         self.sink.huge(step.gfn, step.level, young);
     }
 
-    /// The loop that aging lives from: one load per entry, a write only where the bit is set.
+    /// The loop that aging lives from: lines of eight entries read at once, a write only where the
+    /// bit is set. Reading an entry twice is harmless: what was young at the first look was used.
     fn table(&mut self, table: &LeafTable<'_>) {
-        let wanted = Spte::MMU_PRESENT | F::ACCESSED;
         let mut present = [0u64; MASK_WORDS];
         let mut young = [0u64; MASK_WORDS];
         self.report.entries += mmu_core::addr::to_u64(table.count);
-        for (index, cell) in table.cells().iter().enumerate() {
-            let spte = cell.peek();
-            let bit = table.first + index;
-            let raw = spte.raw();
-            let is_young = raw & wanted == wanted;
-            if let (Some(p), Some(y)) = (present.get_mut(bit / 64), young.get_mut(bit / 64)) {
-                *p |= u64::from(raw & Spte::MMU_PRESENT != 0) << (bit % 64);
-                *y |= u64::from(is_young) << (bit % 64);
+        let words = table.table.entries().chunks(scan::WORD);
+        for (word, (cells, (p, y))) in words.zip(present.iter_mut().zip(&mut young)).enumerate() {
+            scan::fetch(table.next, word);
+            let window = scan::window(word, table.first, table.first + table.count);
+            if window == 0 {
+                continue;
             }
-            if is_young {
-                let gfn = table.base.saturating_add(mmu_core::addr::to_u64(bit));
-                self.clear(cell, spte, gfn, Level::L1);
+            let (is_present, is_young) = scan::masks(cells, scan::PRESENT, F::ACCESSED);
+            *p = is_present & window;
+            *y = is_young & window;
+            if *y != 0 && self.job.mode != AgeMode::Test {
+                let first = mmu_core::addr::to_u64(word * scan::WORD);
+                self.clear_word(cells, *y, table.base.saturating_add(first));
             }
         }
         self.report.mapped += ones(&present);
         self.report.young += ones(&young);
         self.sink.table(table.base, &present, &young);
+    }
+
+    /// Clear the entries of `cells` that `young` has; `base` is the gfn of the first.
+    fn clear_word(&mut self, cells: &[SpteCell], mut young: u64, base: Gfn) {
+        while young != 0 {
+            let bit = young.trailing_zeros();
+            young &= young - 1;
+            if let Some(cell) = cells.get(usize::try_from(bit).unwrap_or(0)) {
+                self.clear(cell, cell.peek(), base.saturating_add(u64::from(bit)), Level::L1);
+            }
+        }
     }
 
     fn clear(&mut self, cell: &SpteCell, old: Spte, gfn: Gfn, level: Level) {
@@ -196,10 +208,4 @@ impl<F: SpteFormat, S: AgeSink> Slice<'_, F, S> {
 
 fn ones(mask: &[u64; MASK_WORDS]) -> u64 {
     mask.iter().map(|word| u64::from(word.count_ones())).sum()
-}
-
-/// Kept near the loop it serves: fetch the first lines of a table that will be scanned next.
-#[expect(dead_code, reason = "used once the benchmark shows what it buys")]
-fn fetch_ahead(table: &mmu_core::frame::PageTable) {
-    prefetch(table, 0);
 }

@@ -1,13 +1,13 @@
 //! The one funnel: every store to an entry of a TDP tree goes through here.
 //!
-//! Owns [`Change`]: what a thread needs to change entries (configuration, its statistics) and the only
-//! calls of the mutators of [`SpteCell`]. Each change is checked against the legality table
+//! Owns [`Change`]: what a thread needs to change entries (configuration, its statistics) and the
+//! only calls of the mutators of [`SpteCell`]. Each change is checked against the legality table
 //! ([`SpteConfig::change_kind`], in debug builds and with feature `prove`), committed by one
 //! compare-exchange, and accounted for only if that succeeded (KVM rows 3.8, 3.9).
 //!
 //! Who may write the same entry at the same moment, and why nothing is lost: `docs/LOCKING.md`.
 
-use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
+use mmu_core::addr::{Gfn, GfnRange, Level, Pfn, to_index};
 use mmu_core::flush::FlushDebt;
 use mmu_core::frame::{PageTable, PhysMap, TablePool};
 use mmu_core::spte::cell::SpteCell;
@@ -26,12 +26,28 @@ pub(crate) struct Change<'a, F: SpteFormat> {
     pub(crate) stats: &'a StatsShard,
 }
 
+/// Leaves taken out of a level-1 table and not accounted for yet.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Taken {
+    report: ZapReport,
+    /// Neighbours whose flush is not owed yet.
+    run: GfnRange,
+}
+
+impl Taken {
+    pub(crate) fn new() -> Self {
+        let none = Gfn::new(0);
+        Self { report: ZapReport::default(), run: GfnRange::new(none, none) }
+    }
+}
+
 impl<F: SpteFormat> Change<'_, F> {
     /// Replace `old` by `new` in an entry at `level`.
     ///
     /// # Errors
     /// What the entry holds instead: somebody else changed it; nothing was written or counted.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn set(
         &self,
         cell: &SpteCell,
@@ -39,6 +55,7 @@ impl<F: SpteFormat> Change<'_, F> {
         new: Spte,
         level: Level,
     ) -> Result<(), Spte> {
+        // INVARIANT[I4]: only `freeze` deals in FROZEN.
         debug_assert!(!old.is_frozen(), "FROZEN is replaced by its owner only (I4)");
         self.prove(old, new, level);
         match cell.try_change(old, new) {
@@ -57,6 +74,7 @@ impl<F: SpteFormat> Change<'_, F> {
     /// use or going away, and counts as young (KVM rows 5.4, 5.5).
     #[inline]
     pub(crate) fn age(&self, cell: &SpteCell, old: Spte, level: Level) -> bool {
+        // INVARIANT[I21]: only A, or the permissions that tracking gives back.
         let new = self.config.age(old);
         self.prove(old, new, level);
         cell.try_change(old, new).is_ok()
@@ -102,6 +120,7 @@ impl<F: SpteFormat> Change<'_, F> {
     #[inline]
     fn prove(&self, old: Spte, new: Spte, level: Level) {
         if cfg!(any(debug_assertions, feature = "prove")) {
+            // INVARIANT[I3], INVARIANT[I5], INVARIANT[I6], INVARIANT[I7]: the legality table.
             let kind = self.config.change_kind(old, new, level);
             assert!(kind.is_ok(), "illegal change at {level:?} (I3 to I7): {kind:?}");
         }
@@ -131,6 +150,66 @@ impl<F: SpteFormat> Change<'_, F> {
             }
         }
         None
+    }
+
+    /// Take the leaves of a level-1 table out whose bits `present` has; `cells` are the entries and
+    /// `base` is the gfn of the first. As [`zap_leaf`](Self::zap_leaf), but the table's statistics
+    /// are kept in `taken` until [`settle`](Self::settle).
+    pub(crate) fn zap_word(
+        &self,
+        cells: &[SpteCell],
+        mut present: u64,
+        base: Gfn,
+        taken: &mut Taken,
+        debt: &mut FlushDebt,
+    ) {
+        while present != 0 {
+            let bit = present.trailing_zeros();
+            present &= present - 1;
+            let Some(cell) = cells.get(to_index(u64::from(bit))) else { return };
+            let mut old = cell.peek();
+            // Bounded as in `zap_leaf`.
+            while old.is_leaf(Level::L1) {
+                self.prove(old, Spte::EMPTY, Level::L1);
+                match cell.try_change(old, Spte::EMPTY) {
+                    Ok(()) => {
+                        taken.report.add_leaf(self.config, old, Level::L1);
+                        let gfn = base.saturating_add(u64::from(bit));
+                        if taken.run.end != gfn {
+                            self.owe_run(taken, debt);
+                            taken.run = GfnRange::new(gfn, gfn);
+                        }
+                        taken.run.end = gfn.saturating_add(1);
+                        break;
+                    }
+                    Err(current) => {
+                        self.stats.inc(Counter::CasLost);
+                        old = current;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Owe the flush of the leaves taken since the last time.
+    fn owe_run(&self, taken: &mut Taken, debt: &mut FlushDebt) {
+        let pages = taken.run.len();
+        if pages != 0 && cfg!(not(busted = "zap_without_flush")) {
+            self.stats.add(Counter::FlushOwed, pages);
+            debt.owe_many(taken.run, pages);
+        }
+        taken.run = GfnRange::new(taken.run.end, taken.run.end);
+    }
+
+    /// Account for what [`zap_word`](Self::zap_word) took from a table.
+    pub(crate) fn settle(&self, mut taken: Taken, debt: &mut FlushDebt, report: &mut ZapReport) {
+        self.owe_run(&mut taken, debt);
+        let leaves: u64 = taken.report.leaves.iter().sum();
+        if leaves != 0 {
+            self.stats.sub(Counter::pages(Level::L1), leaves);
+            self.stats.add(Counter::LeavesZapped, leaves);
+            report.merge(&taken.report);
+        }
     }
 
     /// Owe a flush for one change, counted.

@@ -6,13 +6,13 @@
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::Level;
 use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
+use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
 use crate::change::Change;
-use crate::iter::Step;
 use crate::mmu::TdpMmu;
 use crate::root::RootRef;
 
@@ -61,21 +61,24 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     fn try_fast(&self, actor: &mut Actor<H>, root: &RootRef, fault: &PageFault) -> FastPath {
         let space = root.role.space();
         // Before the section: the copy is validated inside by its generation.
-        let found = actor.find_slot(space, fault.gfn());
-        let work = actor.pinned();
-        let config = self.config();
-        if !self.roots().is_valid(root) || work.vm.slots().generation() != found.generation {
+        if !actor.keep_slot(space, fault.gfn()) {
             return FastPath::Slow;
         }
-        let Some(slot) = found.slot.filter(|slot| !slot.is_invalid()) else {
+        let Some((flags, generation)) = actor.kept_slot().map(|(s, known)| (s.flags, known)) else {
             return FastPath::Slow;
         };
+        let work = actor.pinned();
+        let config = self.config();
+        if !self.roots().is_valid(root) || work.vm.slots().generation() != generation {
+            return FastPath::Slow;
+        }
+        if flags.contains(SlotFlags::INVALID) {
+            return FastPath::Slow;
+        }
         let change = Change { config, stats: work.stats };
         for _ in 0..MAX_TRIES {
             let pool = work.vm.pool();
-            let Some(step) = self.last_step(pool, &work.section, root, fault.gfn()) else {
-                return FastPath::Slow;
-            };
+            let step = self.last_step(pool, &work.section, root, fault.gfn());
             let old = step.spte;
             if !old.is_leaf(step.level) {
                 return FastPath::Slow;
@@ -86,7 +89,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let new = fixed(config, old, fault.access());
             // Until dirty logging lands, a logged slot goes the slow way, which is exact.
             let gains_write = config.is_writable(new) && !config.is_writable(old);
-            if (gains_write && (slot.logs_dirty() || step.level > Level::L1 && slot.is_read_only()))
+            let huge_read_only = step.level > Level::L1 && flags.contains(SlotFlags::READ_ONLY);
+            if (gains_write && (flags.contains(SlotFlags::LOG_DIRTY) || huge_read_only))
                 || !config.permits(new, fault.access())
             {
                 return FastPath::Slow;
@@ -108,15 +112,12 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         fault: &PageFault,
     ) -> Result<FastPath, FaultError> {
         let work = actor.pinned();
-        let step: Option<Step<'_>> =
-            self.last_step(work.vm.pool(), &work.section, root, fault.gfn());
-        match step {
-            Some(step) if self.config().reserved_bits(step.spte, step.level) != 0 => {
-                Err(FaultError::ReservedBit { gpa: fault.gpa, spte: step.spte.raw() })
-            }
-            // An MMIO entry, or the entry changed since.
-            _ => Ok(FastPath::Slow),
+        let step = self.last_step(work.vm.pool(), &work.section, root, fault.gfn());
+        if self.config().reserved_bits(step.spte, step.level) != 0 {
+            return Err(FaultError::ReservedBit { gpa: fault.gpa, spte: step.spte.raw() });
         }
+        // An MMIO entry, or the entry changed since.
+        Ok(FastPath::Slow)
     }
 }
 

@@ -1,9 +1,10 @@
 //! The walk over a tree: pre-order, restartable, external.
 //!
-//! Owns [`TdpIter`] (KVM rows 2.1 to 2.11), its [`Step`] and its [`Cursor`]. An iterator lives inside
-//! one section and hands out entries for that section's lifetime; to let others proceed it is turned
-//! into a `Cursor` ([`TdpIter::suspend`]), the section is closed, and [`TdpIter::resume`] goes on in
-//! the next one. An iterator that was suspended is gone, so it cannot hand out an entry (row 2.10).
+//! Owns [`TdpIter`] (KVM rows 2.1 to 2.11), its [`Step`] and its [`Cursor`]. An iterator lives
+//! inside one section and hands out entries for that section's lifetime; to let others proceed it
+//! is turned into a `Cursor` ([`TdpIter::suspend`]), the section is closed, and [`TdpIter::resume`]
+//! goes on in the next one. An iterator that was suspended is gone, so it cannot hand out an entry
+//! (row 2.10).
 //!
 //! Ordering: entries are read with [`SpteCell::load`], whose Acquire pairs with the Release of the
 //! link, so a table is initialised when the walk enters it.
@@ -141,6 +142,7 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
     /// The iterator itself when it has not advanced by a gfn since it was resumed: two walks that
     /// yield to each other would otherwise never finish (row 2.8, invariant I23).
     pub fn suspend(self) -> Result<Cursor, Self> {
+        // INVARIANT[I23]: a walk that gives way has moved on.
         if self.cursor.yielded == Some(self.cursor.next) {
             return Err(self);
         }
@@ -165,7 +167,18 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
         let first = inside.start.index(Level::L1);
         let count = usize::try_from(inside.len()).unwrap_or(0).min(ENTRIES - first);
         let table = self.pool.table(self.section, self.frame(step.spte));
-        Some(LeafTable { table, base: step.gfn, first, count })
+        Some(LeafTable { table, base: step.gfn, first, count, next: self.next_table() })
+    }
+
+    /// The child of the entry after the current one, if that is a link: what a scan comes to next.
+    #[inline]
+    fn next_table(&self) -> Option<&'g PageTable> {
+        if cfg!(loom) {
+            // A hint is not worth the interleavings.
+            return None;
+        }
+        let link = self.table()?.entries().get(self.gfn.index(self.level) + 1)?.load();
+        link.is_table(self.level).then(|| self.pool.table(self.section, self.frame(link)))
     }
 
     #[inline]
@@ -272,6 +285,8 @@ pub struct LeafTable<'g> {
     pub first: usize,
     /// Entries inside the walk's range.
     pub count: usize,
+    /// The table for the gfns after this one's, if the walk met it: to be fetched ahead.
+    pub next: Option<&'g PageTable>,
 }
 
 impl<'g> LeafTable<'g> {

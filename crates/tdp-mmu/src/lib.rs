@@ -6,8 +6,8 @@
 //! - [`TdpVcpu::fault`] maps a page. It takes no line that another vCPU's fault writes, apart from
 //!   the table it changes; faults that only restore a permission take no lock at all.
 //! - [`TdpMmu::unmap`] takes pages away: faults in the range retry, faults elsewhere never wait.
-//! - [`TdpMmu::invalidate_roots`] drops everything in O(roots); the tables are given back in bounded
-//!   slices behind the vCPUs' backs.
+//! - [`TdpMmu::invalidate_roots`] drops everything in O(roots); the tables are given back in
+//!   bounded slices behind the vCPUs' backs.
 //! - Aging ([`mmu_core::traits::AgeRange`]) reads and clears accessed bits without any lock.
 //! - [`TdpIter`] walks a tree, pauses, and goes on where it was.
 //!
@@ -24,9 +24,11 @@ pub mod age;
 mod change;
 mod fast;
 pub mod iter;
+mod leaf;
 pub mod map;
 pub mod mmu;
 pub mod root;
+mod scan;
 mod split;
 mod unflushed;
 pub mod vcpu;
@@ -38,4 +40,5 @@ pub use map::Prefault;
 pub use mmu::{TdpMmu, TdpOptions};
 pub use root::{RootError, ZapAll};
 pub use vcpu::TdpVcpu;
+pub use walk::Walker;
 pub use zap::ZapReport;

@@ -1,28 +1,31 @@
 //! Faults: from an exit to an entry.
 //!
-//! Owns [`TdpVcpu::fault`] and [`TdpVcpu::prefault`]. Phases (KVM rows 3.15 to 3.22): check arguments ->
-//! fast path (`fast`) -> take memory -> note slot and invalidation sequence -> resolve the page with
-//! nothing held -> Shared section: stale? -> walk down, linking and splitting -> install.
+//! Owns [`TdpVcpu::fault`] and [`TdpVcpu::prefault`]. Phases (KVM rows 3.15 to 3.22): check
+//! arguments -> fast path (`fast`) -> take memory -> note slot and invalidation sequence -> resolve
+//! the page with nothing held -> Shared section: stale? -> walk down, linking and splitting ->
+//! install.
 //!
 //! The resolver reports the host's page size together with the page, so the invalidation sequence
 //! covers both; KVM has to look the size up again under its lock.
 
 use mmu_core::access::Access;
-use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::addr::{Gfn, GfnRange, Gpa, Level, Pfn};
+use mmu_core::epoch::EpochGuard;
 use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::cache::FRAMES_PER_FAULT;
-use mmu_core::frame::{MmuCache, PageTable};
+use mmu_core::frame::{MmuCache, PageTable, TablePool};
 use mmu_core::notify::Snapshot;
 use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::cell::SpteCell;
-use mmu_core::spte::{LeafSpec, Spte, SpteConfig, SpteFormat};
+use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::Counter;
 use mmu_core::traits::{Host, HostPage, ResolveError};
-use mmu_core::vm::{FoundSlot, SharedWork};
+use mmu_core::vm::SharedWork;
 
 use crate::change::Change;
 use crate::fast::FastPath;
+use crate::leaf::LeafFacts;
 use crate::mmu::TdpMmu;
 use crate::root::RootRef;
 use crate::vcpu::TdpVcpu;
@@ -57,11 +60,12 @@ struct Resolved {
     leaf: Spte,
 }
 
-/// What became of one attempt at one entry.
-enum Attempt {
-    Outcome(FaultOutcome),
-    /// The entry changed under us: look again.
-    Again,
+impl Resolved {
+    /// Everything that the entry will map.
+    #[inline(always)]
+    const fn pages(&self) -> GfnRange {
+        GfnRange::entry(self.gfn, self.goal)
+    }
 }
 
 impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
@@ -99,7 +103,14 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         let mut done = Prefault { next: range.start, outcome: FaultOutcome::Spurious };
         let mut retries = 0;
         while done.next < range.end {
-            match self.fault(&PageFault::prefetch(done.next.address(), access)) {
+            let result = if done.next < GfnRange::ALL.end {
+                self.fault(&PageFault::prefetch(done.next.address(), access))
+            } else {
+                // The address does not fit in 64 bits; it must not become a low one.
+                let max_gfn = self.mmu.config().max_gfn_exclusive();
+                Err(FaultError::BeyondPhysical { gpa: Gpa::new(u64::MAX), max_gfn })
+            };
+            match result {
                 Ok(outcome) => done.outcome = outcome,
                 Err(error) if done.next == range.start => return Err(error),
                 Err(_) => break,
@@ -140,9 +151,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             FastPath::Slow => {}
         }
         self.actor.top_up(FRAMES_PER_FAULT)?;
-        let resolved = match self.resolve(fault)? {
+        let resolved = match self.resolve(fault) {
             Ok(resolved) => resolved,
-            Err(outcome) => return Ok(outcome),
+            Err(stop) => return stop.result(fault, self.role().space()),
         };
         // Only a leaf that takes a table's place owes a flush.
         let mut debt = None;
@@ -153,40 +164,41 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         outcome
     }
 
-    /// Find slot and page. The inner error is an outcome that needs no page.
+    /// Find slot and page, and make the entry.
     #[inline(always)]
-    fn resolve(&mut self, fault: &PageFault) -> Result<Result<Resolved, FaultOutcome>, FaultError> {
+    fn resolve(&mut self, fault: &PageFault) -> Result<Resolved, Stop> {
         let (gfn, access) = (fault.gfn(), fault.access());
-        let space = self.role().space();
         let snapshot = self.actor.vm().notify().snapshot();
-        let FoundSlot { slot, generation } = self.actor.find_slot(space, gfn);
-        let Some(slot) = slot else {
-            let reason = EmulateReason::NoSlot { gfn, space };
-            return Ok(Err(FaultOutcome::Emulate(reason)));
-        };
+        if !self.actor.keep_slot(self.role.space(), gfn) {
+            return Err(Stop::NoSlot);
+        }
+        let (slot, generation) = self.actor.kept_slot().ok_or(Stop::NoSlot)?;
         if slot.is_invalid() || self.actor.vm().notify().likely_in_progress(gfn) {
-            return Ok(Err(FaultOutcome::Retry));
+            return Err(Stop::Retry);
         }
-        if slot.is_read_only() && access.contains(Access::WRITE) {
-            let reason = EmulateReason::ReadOnly { gfn, slot: slot.id };
-            return Ok(Err(FaultOutcome::Emulate(reason)));
+        let write = access.contains(Access::WRITE);
+        if slot.is_read_only() && write {
+            return Err(Stop::ReadOnly { slot: slot.id });
         }
-        let page = match self.actor.vm().host().resolve(&slot, gfn, access) {
+        let page = match self.actor.vm().host().resolve(slot, gfn, access) {
             Ok(page) => page,
-            Err(source) => return self.resolve_failed(gfn, slot, snapshot, generation, source),
+            Err(source) => {
+                let slot = slot.id;
+                return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
+            }
         };
         if page.pfn >= self.mmu.config().max_pfn_exclusive() {
-            return Err(FaultError::BadHostPage { gfn, pfn: page.pfn.get() });
+            return Err(Stop::BadPage { pfn: page.pfn });
         }
-        if access.contains(Access::WRITE) && !page.writable {
-            let reason = EmulateReason::ReadOnly { gfn, slot: slot.id };
-            return Ok(Err(FaultOutcome::Emulate(reason)));
+        if write && !page.writable {
+            return Err(Stop::ReadOnly { slot: slot.id });
         }
-        let goal = self.mmu.goal_level(&slot, gfn, &page, fault.max_level);
+        let goal = self.mmu.goal_level(slot, gfn, &page, fault.max_level);
         let prefetch = fault.prefetch;
         // Here, not in the section: it depends on nothing that a section protects.
-        let leaf = make_leaf(self.mmu.config(), &slot, &page, goal, access, prefetch);
-        Ok(Ok(Resolved { gfn, access, prefetch, generation, snapshot, goal, leaf }))
+        let facts = LeafFacts::new(slot, page.writable, goal, write, prefetch);
+        let leaf = self.leaf.leaf(self.mmu.config(), facts, page.pfn);
+        Ok(Resolved { gfn, access, prefetch, generation, snapshot, goal, leaf })
     }
 
     /// An error is the caller's only if nothing changed while the host was asked.
@@ -194,34 +206,61 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     fn resolve_failed(
         &mut self,
         gfn: Gfn,
-        slot: Memslot,
+        slot: u16,
         snapshot: Snapshot,
         generation: u64,
         source: ResolveError,
-    ) -> Result<Result<Resolved, FaultOutcome>, FaultError> {
+    ) -> Stop {
         let work = self.actor.shared();
         let stale = work.vm.slots().generation() != generation
-            || work.vm.notify().must_retry(&work.section, snapshot, gfn);
-        if stale {
-            return Ok(Err(FaultOutcome::Retry));
+            || work.vm.notify().must_retry(&work.section, snapshot, GfnRange::from_len(gfn, 1));
+        match source {
+            _ if stale => Stop::Retry,
+            ResolveError::ReadOnly => Stop::ReadOnly { slot },
+            source => Stop::Failed { source },
         }
-        if source == ResolveError::ReadOnly {
-            let reason = EmulateReason::ReadOnly { gfn, slot: slot.id };
-            return Ok(Err(FaultOutcome::Emulate(reason)));
+    }
+}
+
+/// Why a fault ends before it has a page. Small, and turned into a result out of line, so that the
+/// usual fault carries none of it.
+enum Stop {
+    Retry,
+    NoSlot,
+    ReadOnly { slot: u16 },
+    BadPage { pfn: Pfn },
+    Failed { source: ResolveError },
+}
+
+impl Stop {
+    #[cold]
+    fn result(self, fault: &PageFault, space: u16) -> Result<FaultOutcome, FaultError> {
+        let gfn = fault.gfn();
+        match self {
+            Self::Retry => Ok(FaultOutcome::Retry),
+            Self::NoSlot => Ok(FaultOutcome::Emulate(EmulateReason::NoSlot { gfn, space })),
+            Self::ReadOnly { slot } => {
+                Ok(FaultOutcome::Emulate(EmulateReason::ReadOnly { gfn, slot }))
+            }
+            Self::BadPage { pfn } => Err(FaultError::BadHostPage { gfn, pfn: pfn.get() }),
+            Self::Failed { source } => Err(FaultError::Resolve { gfn, source }),
         }
-        Err(FaultError::Resolve { gfn, source })
     }
 }
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// Level to map at (KVM row 3.22): the smallest of what the fault, the policy, the format, the
     /// host page, the slot's geometry and dirty logging allow, with gfn and pfn congruent.
-    #[inline]
+    #[inline(always)]
     fn goal_level(&self, slot: &Memslot, gfn: Gfn, page: &HostPage, max: Level) -> Level {
         let cap = max.min(self.options().max_level).min(page.level);
         if cap == Level::L1 || slot.logs_dirty() {
             return Level::L1;
         }
+        self.huge_goal(slot, gfn, page, cap)
+    }
+
+    fn huge_goal(&self, slot: &Memslot, gfn: Gfn, page: &HostPage, cap: Level) -> Level {
         let mut level = slot::max_level(slot, gfn, cap.min(self.config().max_leaf_level()));
         while (gfn.get() ^ page.pfn.get()) & (level.pages() - 1) != 0 {
             level = level.down().unwrap_or(Level::L1);
@@ -246,7 +285,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return Ok(FaultOutcome::Retry);
         }
         if vm.slots().generation() != fault.generation
-            || vm.notify().must_retry(section, fault.snapshot, fault.gfn)
+            || vm.notify().must_retry(section, fault.snapshot, fault.pages())
         {
             return Ok(FaultOutcome::Retry);
         }
@@ -257,36 +296,51 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let mut level = root.role.level();
         let mut lost = 0;
         loop {
+            let (cell, old);
+            (table, level, cell, old) = self.descend(pool, epoch, table, level, fault);
+            if level > fault.goal && !old.is_frozen() {
+                if let Some(child) = self.grow(&change, vm, cache, cell, old, fault.gfn, level) {
+                    (table, level) = (child, level.below());
+                    continue;
+                }
+            } else if old.is_frozen() {
+                return Ok(FaultOutcome::Retry);
+            } else if !old.is_mmu_present() {
+                if change.set(cell, old, fault.leaf, level).is_ok() {
+                    return Ok(FaultOutcome::Fixed);
+                }
+            } else if old.is_leaf(level)
+                && (fault.prefetch || change.config.permits(old, fault.access))
+            {
+                return Ok(FaultOutcome::Spurious);
+            } else if let Some(result) = self.change_leaf(&change, vm, cell, old, fault, debt) {
+                return result;
+            }
+            if lost == MAX_LOST {
+                return Ok(FaultOutcome::Retry);
+            }
+            lost += 1;
+        }
+    }
+
+    /// Follow links from `table` until the goal or an entry that is no link.
+    #[inline(always)]
+    fn descend<'g>(
+        &self,
+        pool: &'g TablePool<H>,
+        epoch: &'g EpochGuard<'_>,
+        mut table: &'g PageTable,
+        mut level: Level,
+        fault: &Resolved,
+    ) -> (&'g PageTable, Level, &'g SpteCell, Spte) {
+        loop {
             let cell = table.cell(fault.gfn, level);
             let old = cell.load();
-            if level > fault.goal && old.is_table(level) {
-                table = pool.table(epoch, change.config.pfn(old));
-                level = level.below();
-                continue;
+            if level <= fault.goal || !old.is_table(level) {
+                return (table, level, cell, old);
             }
-            let attempt = if old.is_frozen() {
-                Attempt::Outcome(FaultOutcome::Retry)
-            } else if level > fault.goal {
-                match self.grow(&change, vm, cache, cell, old, fault.gfn, level) {
-                    Some(child) => {
-                        table = child;
-                        level = level.below();
-                        continue;
-                    }
-                    None => Attempt::Again,
-                }
-            } else if old.is_mmu_present() {
-                self.change_leaf(&change, vm, cell, old, fault, debt)?
-            } else if change.set(cell, old, fault.leaf, level).is_ok() {
-                return Ok(FaultOutcome::Fixed);
-            } else {
-                Attempt::Again
-            };
-            match attempt {
-                Attempt::Outcome(outcome) => return Ok(outcome),
-                Attempt::Again if lost < MAX_LOST => lost += 1,
-                Attempt::Again => return Ok(FaultOutcome::Retry),
-            }
+            table = pool.table(epoch, self.config().pfn(old));
+            level = level.below();
         }
     }
 
@@ -335,8 +389,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         Some(vm.pool().owned_table(frame))
     }
 
-    /// The entry at the goal level is there already: a leaf that may allow the access, or a table
-    /// that gives way to a huge leaf (KVM row 3.20).
+    /// The entry at the goal level is there already: a leaf that allows less than the access needs,
+    /// or a table that gives way to a huge leaf (KVM row 3.20). `None` when the race was lost.
     #[inline(never)]
     fn change_leaf(
         &self,
@@ -346,28 +400,33 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         old: Spte,
         fault: &Resolved,
         debt: &mut Option<FlushDebt>,
-    ) -> Result<Attempt, FaultError> {
+    ) -> Option<Result<FaultOutcome, FaultError>> {
         let config = self.config();
         let (level, new) = (fault.goal, fault.leaf);
         if old.is_leaf(level) {
-            if fault.prefetch || config.permits(old, fault.access) {
-                return Ok(Attempt::Outcome(FaultOutcome::Spurious));
-            }
             let (mapped, resolved) = (config.pfn(old), config.pfn(new));
             if mapped != resolved {
-                return Err(FaultError::StaleMapping { gfn: fault.gfn, mapped, resolved });
+                let gfn = fault.gfn;
+                return Some(Err(FaultError::StaleMapping { gfn, mapped, resolved }));
             }
             if new == old || !config.permits(new, fault.access) {
-                return Ok(Attempt::Outcome(FaultOutcome::Spurious));
+                return Some(Ok(FaultOutcome::Spurious));
+            }
+            if config.is_host_writable(old) != config.is_host_writable(new) {
+                // Immutable while present (row 1.8), and the host changed it where the page is:
+                // through an empty entry, flushed.
+                let first = fault.gfn.align_down(level);
+                let _ = change.zap_leaf(cell, old, first, level, debt.get_or_insert_default());
+                return None;
             }
         }
         if change.set(cell, old, new, level).is_err() {
-            return Ok(Attempt::Again);
+            return None;
         }
         if old.is_table(level) {
             self.replace_table(change, vm, old, fault, debt.get_or_insert_default());
         }
-        Ok(Attempt::Outcome(FaultOutcome::Fixed))
+        Some(Ok(FaultOutcome::Fixed))
     }
 
     /// A huge leaf took the place of a table: take that apart and owe the flush (row 0.2.7).
@@ -390,32 +449,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 }
 
-/// The entry for a resolved fault (KVM row 1.43).
-#[inline]
-fn make_leaf<F: SpteFormat>(
-    config: &SpteConfig<F>,
-    slot: &Memslot,
-    page: &HostPage,
-    level: Level,
-    access: Access,
-    prefetch: bool,
-) -> Spte {
-    let writable = page.writable && !slot.is_read_only();
-    config.leaf(&LeafSpec {
-        pfn: page.pfn.align_down(level),
-        level,
-        access: slot.access(),
-        host_writable: writable,
-        // A slot that is logged gets W only by a write, which the log then sees.
-        map_writable: writable && (!slot.logs_dirty() || access.contains(Access::WRITE)),
-        mmu_writable: writable,
-        accessed: !prefetch,
-        memory_type: None,
-        host_mmio: false,
-    })
-}
-
-/// A frame that lost its race goes back where it came from.
+/// A frame that lost its race goes back where it came from (INVARIANT[I22]).
 pub(crate) fn put_back<P: mmu_core::frame::PhysMap>(
     pool: &mmu_core::frame::TablePool<P>,
     cache: &mut MmuCache,

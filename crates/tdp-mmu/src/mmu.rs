@@ -1,7 +1,7 @@
 //! The TDP MMU of one VM: its configuration and its roots.
 //!
-//! Owns [`TdpMmu`] and [`TdpOptions`]; the operations stand in files of their own (`map`, `zap`, `age`,
-//! `root`, `walk`).
+//! Owns [`TdpMmu`] and [`TdpOptions`]; the operations stand in files of their own (`map`, `zap`,
+//! `age`, `root`, `walk`).
 
 use alloc::sync::Arc;
 use core::fmt;
@@ -110,7 +110,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// The first entry that breaks a rule.
     pub fn check(&self, actor: &mut Actor<H>) -> Result<TreeCount, CheckError> {
         let mut total = TreeCount::default();
-        for index in 0..self.roots.capacity() {
+        for index in 0..self.roots.reach() {
             let work = actor.pinned();
             let Some(root) = self.roots.get(index, RootFilter::InUse) else { continue };
             let count = check_tree(
@@ -120,6 +120,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 root.frame,
                 root.role.level(),
             )?;
+            // INVARIANT[I24]: the recount that the gauges must equal.
             total.merge(&count);
         }
         Ok(total)

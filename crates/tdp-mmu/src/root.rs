@@ -16,7 +16,7 @@ use core::fmt;
 
 use arrayvec::ArrayVec;
 
-use mmu_core::addr::{Gfn, Level, Pfn};
+use mmu_core::addr::{Gfn, Level, Pfn, to_index, to_u64};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::{FrameList, OutOfFrames, PageTable};
 use mmu_core::role::RootRole;
@@ -81,6 +81,8 @@ pub(crate) struct RootRef {
 /// All roots of an MMU.
 pub(crate) struct Roots {
     slots: [RootSlot; MAX_ROOTS],
+    /// One past the highest slot ever used: how far lookups go. Never falls; changed under `lock`.
+    reach: plain::AtomicU64,
     lock: SpinLock,
 }
 
@@ -89,20 +91,45 @@ fn role_of(state: u64) -> RootRole {
 }
 
 /// Names one life of a root slot: its index and reuse count.
+///
+/// Small, because a zap-all carries one for every root there can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct RootId {
-    index: usize,
-    reuse: u64,
+    index: u8,
+    reuse: u16,
 }
+
+impl RootId {
+    #[inline]
+    fn new(index: usize, state: u64) -> Self {
+        let reuse = u16::try_from(state / REUSE_ONE).unwrap_or(0);
+        Self { index: u8::try_from(index).unwrap_or(u8::MAX), reuse }
+    }
+
+    fn index(self) -> usize {
+        usize::from(self.index)
+    }
+}
+
+static_assertions::const_assert!(MAX_ROOTS <= 255 && REUSE_ONE == 1 << 48);
 
 impl Roots {
     pub(crate) fn new(give_up_cpu: fn()) -> Self {
         let slot = |_| RootSlot { state: AtomicU64::new(0), frame: plain::AtomicU64::new(0) };
-        Self { slots: core::array::from_fn(slot), lock: SpinLock::new(give_up_cpu) }
+        Self {
+            slots: core::array::from_fn(slot),
+            reach: plain::AtomicU64::new(0),
+            lock: SpinLock::new(give_up_cpu),
+        }
     }
 
-    pub(crate) fn capacity(&self) -> usize {
-        MAX_ROOTS
+    /// One past the highest index that may be a root: lookups of one gfn in few roots should not
+    /// pay for all that could exist.
+    #[inline]
+    pub(crate) fn reach(&self) -> usize {
+        // ORDERING[root-frame]: Relaxed. Pairs with the store in `insert`. A root whose making
+        // happens before this call lies within reach; others need not be found.
+        to_index(self.reach.load(plain::Ordering::Relaxed))
     }
 
     /// Frame and role of root `index` if it passes the filter. Call inside a section: invalidation
@@ -134,7 +161,7 @@ impl Roots {
 
     /// A reference to the valid root of `role`, if there is one.
     fn find(&self, role: RootRole) -> Option<RootRef> {
-        self.slots.iter().enumerate().find_map(|(index, slot)| {
+        self.slots.iter().take(self.reach()).enumerate().find_map(|(index, slot)| {
             // ORDERING[root-state]: Acquire. As in `get`.
             let mut state = slot.state.load(Ordering::Acquire);
             // Bounded: each turn means that another vCPU took or dropped a reference.
@@ -167,6 +194,10 @@ impl Roots {
             return Err(RootError::TooManyRoots { max: MAX_ROOTS });
         };
         if let Some(slot) = self.slots.get(index) {
+            let reach = to_u64(self.reach().max(index + 1));
+            // ORDERING[root-frame]: Relaxed. Published by the Release below: who has to know of
+            // this root knows that it lies within reach.
+            self.reach.store(reach, plain::Ordering::Relaxed);
             // ORDERING[root-frame]: Relaxed. Published by the Release below.
             slot.frame.store(frame.get(), plain::Ordering::Relaxed);
             let role = u64::from(role.word()) << ROLE_SHIFT & ROLE_MASK;
@@ -223,15 +254,16 @@ impl Roots {
             // ORDERING[root-state]: Acquire. As in `get`.
             let state = slot.state.load(Ordering::Acquire);
             let invalid = state & (IN_USE | INVALID | QUIET) == IN_USE | INVALID;
-            invalid.then_some(RootId { index, reuse: state / REUSE_ONE })
+            invalid.then_some(RootId::new(index, state))
         };
-        self.slots.iter().enumerate().filter_map(name).collect()
+        self.slots.iter().take(self.reach()).enumerate().filter_map(name).collect()
     }
 
     /// Set `set` on root `id`, if it still lives.
     fn promote(&self, id: RootId, set: u64) {
-        let _ = self.update(id.index, |state| {
-            (state & IN_USE != 0 && state / REUSE_ONE == id.reuse).then_some(state | set)
+        let index = id.index();
+        let _ = self.update(index, |state| {
+            (state & IN_USE != 0 && RootId::new(index, state) == id).then_some(state | set)
         });
     }
 
@@ -254,7 +286,7 @@ impl RootSlot {
 
 impl fmt::Debug for Roots {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let used = (0..MAX_ROOTS).filter_map(|index| self.get(index, RootFilter::InUse));
+        let used = (0..self.reach()).filter_map(|index| self.get(index, RootFilter::InUse));
         f.debug_list().entries(used).finish()
     }
 }
@@ -341,7 +373,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// vCPUs that have not left yet may still use the old mappings.
     #[doc(alias = "kvm_mmu_zap_all_fast")]
     pub fn invalidate_roots(&self, actor: &mut Actor<H>) -> ZapAll<'_, F, H> {
-        for index in 0..MAX_ROOTS {
+        for index in 0..self.roots().reach() {
             self.roots().mark(index, IN_USE, INVALID, INVALID);
         }
         // Before the reload is requested: only these may become quiet by it.
@@ -451,7 +483,7 @@ impl<F: SpteFormat, H: Host> ZapAll<'_, F, H> {
     fn claim(&self) -> Option<Harvest> {
         let roots = self.mmu.roots();
         let all = IN_USE | INVALID | QUIET | READY;
-        let root = (0..MAX_ROOTS).find(|&index| roots.mark(index, all, CLAIMED, CLAIMED))?;
+        let root = (0..roots.reach()).find(|&index| roots.mark(index, all, CLAIMED, CLAIMED))?;
         let slot = roots.slots.get(root)?;
         // ORDERING[root-state]: Relaxed. Ordered by the AcqRel of the claim.
         let role = role_of(slot.state.load(Ordering::Relaxed));
@@ -540,6 +572,11 @@ fn harvest_table<F: SpteFormat>(
     next: usize,
     report: &mut ZapReport,
 ) -> Option<(usize, Pfn)> {
+    if level == Level::L1 {
+        // Done in one go, and their link emptied; others may be resumed.
+        report.add_table(config, table);
+        return None;
+    }
     for (index, cell) in table.entries().iter().enumerate().skip(next) {
         let spte = cell.peek();
         if !spte.is_mmu_present() {
@@ -549,10 +586,7 @@ fn harvest_table<F: SpteFormat>(
             return Some((index, config.pfn(spte)));
         }
         report.add_leaf(config, spte, level);
-        if level > Level::L1 {
-            // Level-1 tables are done in one go and their link emptied; others may be resumed.
-            cell.init(Spte::EMPTY);
-        }
+        cell.init(Spte::EMPTY);
     }
     None
 }

@@ -1,8 +1,8 @@
 //! Splitting a huge leaf into a table of smaller ones, in place (KVM rows 0.2.8, 3.27).
 //!
-//! No flush: both forms translate every gfn to the same place with the same permissions. The CPU may
-//! set A or D in the huge leaf until the exchange succeeds; then the compare-exchange fails and the
-//! next attempt carries the bit over to every child.
+//! No flush: both forms translate every gfn to the same place with the same permissions. The CPU
+//! may set A or D in the huge leaf until the exchange succeeds; then the compare-exchange fails and
+//! the next attempt carries the bit over to every child.
 
 use mmu_core::addr::{Gfn, Level};
 use mmu_core::frame::{MmuCache, PageTable, TablePool};

@@ -1,9 +1,9 @@
 //! Which gfns were aged without a flush, so that a precise pass knows what TLBs may still hide.
 //!
-//! Owns [`Unflushed`], the hull of what [`AgeMode::Clear`](mmu_core::traits::AgeMode::Clear) cleared since
-//! the last precise pass over it. A CPU that cached such a translation does not set the accessed bit
-//! again, so a precise pass that only flushed what it cleared itself would go on missing accesses.
-//! Written by agers only; faults never look at it.
+//! Owns [`Unflushed`], the hull of what [`AgeMode::Clear`](mmu_core::traits::AgeMode::Clear)
+//! cleared since the last precise pass over it. A CPU that cached such a translation does not set
+//! the accessed bit again, so a precise pass that only flushed what it cleared itself would go on
+//! missing accesses. Written by agers only; faults never look at it.
 
 use mmu_core::addr::{Gfn, GfnRange};
 use mmu_core::spin::SpinLock;

@@ -1,8 +1,8 @@
 //! A vCPU as the MMU sees it: a thread's actor and the root it runs on.
 //!
-//! Owns [`TdpVcpu`]. Its owner calls [`load_root`](TdpVcpu::load_root) before each entry into the guest
-//! when [`root_is_current`](TdpVcpu::root_is_current) says no, and [`fault`](TdpVcpu::fault) on each
-//! exit for a missing translation.
+//! Owns [`TdpVcpu`]. Its owner calls [`load_root`](TdpVcpu::load_root) before each entry into the
+//! guest when [`root_is_current`](TdpVcpu::root_is_current) says no, and [`fault`](TdpVcpu::fault)
+//! on each exit for a missing translation.
 
 use alloc::sync::Arc;
 use core::fmt;
@@ -14,6 +14,7 @@ use mmu_core::spte::SpteFormat;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
+use crate::leaf::LeafCache;
 use crate::mmu::TdpMmu;
 use crate::root::{RootError, RootRef};
 
@@ -22,7 +23,8 @@ pub struct TdpVcpu<F: SpteFormat, H: Host> {
     pub(crate) mmu: Arc<TdpMmu<F, H>>,
     pub(crate) actor: Actor<H>,
     pub(crate) root: Option<RootRef>,
-    role: RootRole,
+    pub(crate) leaf: LeafCache,
+    pub(crate) role: RootRole,
 }
 
 impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
@@ -32,7 +34,13 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     /// [`EpochError::Full`] when the VM has as many participants as it was made for.
     pub fn new(mmu: &Arc<TdpMmu<F, H>>, space: u8) -> Result<Self, EpochError> {
         let actor = mmu.vm().actor()?;
-        Ok(Self { mmu: Arc::clone(mmu), actor, root: None, role: mmu.role(space) })
+        Ok(Self {
+            mmu: Arc::clone(mmu),
+            actor,
+            root: None,
+            leaf: LeafCache::new(),
+            role: mmu.role(space),
+        })
     }
 
     /// The MMU.

@@ -1,7 +1,7 @@
 //! Taking pages away from the guest.
 //!
-//! Owns [`TdpMmu::unmap`] (a range, for the host's invalidations and for slots; KVM rows 3.33 to 3.35)
-//! and [`ZapReport`]. Zap-all is in [`crate::root`].
+//! Owns [`TdpMmu::unmap`] (a range, for the host's invalidations and for slots; KVM rows 3.33 to
+//! 3.35) and [`ZapReport`]. Zap-all is in [`crate::root`].
 //!
 //! Locking: no Exclusive. `unmap` announces the range, drains the Shared sections that were open,
 //! then zaps under Shared in slices of at most [`SLICE_ENTRIES`] entries; faults in the range retry
@@ -11,16 +11,18 @@
 
 use mmu_core::addr::{GfnRange, Level};
 use mmu_core::flush::{FlushDebt, FlushScope};
-use mmu_core::frame::PhysMap;
+use mmu_core::frame::{PageTable, PhysMap};
+use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
-use crate::change::Change;
-use crate::iter::{Cursor, Step, TdpIter};
+use crate::change::{Change, Taken};
+use crate::iter::{Cursor, LeafTable, Step, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::RootFilter;
+use crate::scan::{self, Line};
 
 /// Entries a zap visits between two points where others may proceed.
 pub const SLICE_ENTRIES: usize = 512;
@@ -67,6 +69,33 @@ impl ZapReport {
         }
     }
 
+    /// Count the leaves of a level-1 table that nobody changes.
+    pub(crate) fn add_table<F: SpteFormat>(&mut self, config: &SpteConfig<F>, table: &PageTable) {
+        let used = scan::PRESENT | F::ACCESSED | F::DIRTY;
+        let (mut leaves, mut alike) = (0, 0);
+        for cells in table.entries().chunks(scan::LINE) {
+            let line = Line::read(cells);
+            if line.any & scan::PRESENT == 0 {
+                continue;
+            }
+            // The usual entry was accessed and written.
+            if line.all & used == used {
+                alike += mmu_core::addr::to_u64(cells.len());
+                continue;
+            }
+            for leaf in cells.iter().map(SpteCell::peek).filter(|spte| spte.is_mmu_present()) {
+                leaves += 1;
+                self.young += u64::from(config.is_accessed(leaf));
+                self.dirty += u64::from(config.is_dirty(leaf));
+            }
+        }
+        if let Some(count) = self.leaves.first_mut() {
+            *count += leaves + alike;
+        }
+        self.young += alike;
+        self.dirty += alike;
+    }
+
     /// Add another report.
     pub fn merge(&mut self, other: &Self) {
         for (mine, theirs) in self.leaves.iter_mut().zip(other.leaves) {
@@ -89,10 +118,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let invalidation = vm.notify().begin(actor.participant(), range);
         let mut report = ZapReport::default();
         let mut debt = FlushDebt::new();
-        for index in 0..self.roots().capacity() {
+        for index in 0..self.roots().reach() {
             self.zap_root_range(actor, index, range, &mut debt, &mut report);
         }
-        if debt.is_empty() && invalidation.others_in_progress() {
+        if debt.is_empty() && !range.is_empty() && invalidation.others_in_progress() {
             // Another invalidation may have cleared our entries; its flush may not be over.
             actor.stats().inc(Counter::FlushOwed);
             debt.owe(range);
@@ -151,14 +180,33 @@ fn zap_slice<F: SpteFormat, P: PhysMap>(
         match iter.leaf_table(&step, range) {
             Some(table) => {
                 visited += table.count;
-                for step in table.steps().filter(|s| s.spte.is_mmu_present()) {
-                    zap_step(change, &step, debt, report);
-                }
+                zap_table(change, &table, debt, report);
             }
             None => zap_step(change, &step, debt, report),
         }
     }
     None
+}
+
+/// Zap the leaves of a level-1 table that are inside the walk's range.
+fn zap_table<F: SpteFormat>(
+    change: &Change<'_, F>,
+    table: &LeafTable<'_>,
+    debt: &mut FlushDebt,
+    report: &mut ZapReport,
+) {
+    let mut taken = Taken::new();
+    let mut base = table.base;
+    for (word, cells) in table.table.entries().chunks(scan::WORD).enumerate() {
+        scan::fetch(table.next, word);
+        let window = scan::window(word, table.first, table.first + table.count);
+        if window != 0 {
+            let (present, _) = scan::masks(cells, scan::PRESENT, 0);
+            change.zap_word(cells, present & window, base, &mut taken, debt);
+        }
+        base = base.saturating_add(mmu_core::addr::to_u64(scan::WORD));
+    }
+    change.settle(taken, debt, report);
 }
 
 #[inline]

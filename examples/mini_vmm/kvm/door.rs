@@ -7,18 +7,19 @@
 //! Why nothing is lost. Every transition happens under the door's mutex. A nudge happens only
 //! while the thread is `inside`, that is after `enter` cleared `immediate_exit` and before `leave`:
 //!
-//! | the thread, at the time of the nudge, | ends the KVM_RUN |
-//! |---|---|
-//! | has not yet made the system call | `immediate_exit`, read by KVM at its start: EINTR |
-//! | is in the system call, past that check | the signal, which KVM looks for before each entry to the guest, and which interrupts the guest: EINTR |
-//! | is back from the system call | nothing: `leave` sees what was asked for |
+//! What ends the KVM_RUN, by where the thread is at the time of the nudge:
+//!
+//! - not yet in the system call: `immediate_exit`, which KVM reads at its start. EINTR.
+//! - in the system call, past that check: the signal, which KVM looks for before each entry to the
+//!   guest, and which interrupts the guest. EINTR.
+//! - back from the system call: nothing; `leave` sees what was asked for.
 //!
 //! The store to `immediate_exit` precedes the signal, so a thread that took the signal before its
 //! system call finds the byte set: the kernel's signal queue lock orders the two.
 //!
-//! Why nothing is left over. `enter` clears `immediate_exit`; `leave` clears `kicked`. A signal that
-//! arrives after `leave` may interrupt the next KVM_RUN: `leave` then finds that nobody asked for
-//! anything, and the vCPU goes back in. A thread is signalled at most once for each time it is
+//! Why nothing is left over. `enter` clears `immediate_exit`; `leave` clears `kicked`. A signal
+//! that arrives after `leave` may interrupt the next KVM_RUN: `leave` then finds that nobody asked
+//! for anything, and the vCPU goes back in. A thread is signalled at most once for each time it is
 //! inside, so the queue of real-time signals does not fill up.
 
 use core::mem::offset_of;

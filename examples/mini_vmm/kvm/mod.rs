@@ -85,7 +85,8 @@ fn open() -> Result<Kvm, String> {
     let offered = kvm.check_extension_int(Cap::SyncRegs);
     if u32::try_from(offered).unwrap_or(0) & sync != sync {
         return Err(format!(
-            "/dev/kvm does not offer registers in the shared page (KVM_CAP_SYNC_REGS is {offered:#x})"
+            "/dev/kvm does not offer registers in the shared page (KVM_CAP_SYNC_REGS is \
+             {offered:#x})"
         ));
     }
     Ok(kvm)

@@ -1,4 +1,5 @@
-//! Which pages did the guest use? The phases of KVM's access_tracking_perf_test, and what must hold.
+//! Which pages did the guest use? The phases of KVM's access_tracking_perf_test, and what must
+//! hold.
 //!
 //! Holds: after a precise pass (flush included) every touched page is young and, exactly on the
 //! software CPU and but for speculation on a real one, no other; without flush young pages may be

@@ -256,6 +256,21 @@ fn a_listing_ends_when_the_generations_move() {
 }
 
 #[test]
+fn a_listing_goes_on_beside_edits() {
+    let mmu = FakeMmu::new(3);
+    let table = table_over(&mmu);
+    mmu.map(0..1536);
+    passes(3, &table, &mmu);
+    let mut pages = candidates(&table);
+    assert_eq!(pages.by_ref().take(64 + 64).count(), 128);
+    // The rest of the block goes away; the next one is listed from its first page.
+    let _ = table.edit().unwrap().forget(range(0..512));
+    let _ = table.edit().unwrap().touch(range(600..700), Promotion::Immediate);
+    let listed: Vec<u64> = pages.map(|found| found.range.start.get()).collect();
+    assert_eq!(listed, (512..600).chain(700..1536).collect::<Vec<_>>());
+}
+
+#[test]
 fn a_page_used_at_the_last_moment_survives() {
     let mmu = FakeMmu::new(2);
     let table = table_over(&mmu);
@@ -388,6 +403,27 @@ fn a_pass_survives_ranges_that_come_and_go_while_it_is_paused() {
     assert!(report.complete);
     assert_eq!((report.counts.added, table.tracked_pages()), (700, 690));
     table.check().unwrap();
+}
+
+#[test]
+fn a_pass_that_resumes_inside_a_table_leaves_the_pages_before_alone() {
+    let mmu = FakeMmu::new(3);
+    let mut table = AgeTable::new(0);
+    table.add_range(range(0..700)).unwrap();
+    mmu.map(0..1400);
+    let mut early = AgePass::start(&table, AgeMode::Clear).unwrap();
+    assert_eq!(early.step(&mmu, &mut (), u64::MAX).next, None);
+    let early = early.pause();
+    table.remove_range(range(0..700)).unwrap();
+    table.add_range(range(0..1400)).unwrap();
+    let mut whole = AgePass::start(&table, AgeMode::Clear).unwrap();
+    assert_eq!(whole.step(&mmu, &mut (), u64::MAX).counts.added, 1400);
+    drop(whole);
+    let mut early = early.resume(&table).unwrap();
+    assert_eq!(early.progress().next, Some(Gfn::new(700)));
+    let counts = early.step(&mmu, &mut (), u64::MAX).counts;
+    assert_eq!((counts.added, counts.unmapped_now), (700, 0));
+    assert_eq!(table.tracked_pages(), 1400);
 }
 
 #[test]

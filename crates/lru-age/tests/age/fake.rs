@@ -125,10 +125,9 @@ impl FakeMmu {
         [&block.huge, &block.huge_young].into_iter().for_each(|cell| set(cell, 0));
     }
 
-    /// Are there 4 KiB leaves in the block around `gfn`, and is one of them young?
-    pub(crate) fn table_is_idle(&self, gfn: u64) -> bool {
-        let block = self.block(gfn);
-        get(&block.huge) == 0 && block.young.iter().all(|cell| get(cell) == 0)
+    /// Is the block around `gfn` mapped by 4 KiB leaves, or by none?
+    pub(crate) fn is_table(&self, gfn: u64) -> bool {
+        get(&self.block(gfn).huge) == 0
     }
 
     fn block(&self, gfn: u64) -> &FakeBlock {
@@ -185,7 +184,7 @@ impl FakeMmu {
         let to = end.min(base + BLOCK);
         report.next = Gfn::new(to);
         let block = self.block(base);
-        if self.skip_idle && self.table_is_idle(base) {
+        if self.skip_idle && block.young.iter().all(|cell| get(cell) == 0) {
             report.entries += 1;
             return;
         }
@@ -202,8 +201,9 @@ impl FakeMmu {
             report.mapped += u64::from(present[i].count_ones());
             report.young += u64::from(young[i].count_ones());
         }
-        // A table with nothing in it is reported in every second block and left out in the others.
-        if present == [0; MASK_WORDS] && (base / BLOCK) % 2 == 1 {
+        // A table with nothing in it is reported in every second block and left out in the others;
+        // an MMU whose silence means "idle" must report it.
+        if !self.skip_idle && present == [0; MASK_WORDS] && (base / BLOCK) % 2 == 1 {
             report.entries += 1;
             return;
         }

@@ -14,9 +14,9 @@
 //! Neighbours: `publish` (a value readers see through a pin), `lock` (Shared and Exclusive),
 //! `frame::pool` (who waits for grace periods).
 //!
-//! The Dekker pair that everything rests on, tag `epoch-dekker`: the reader stores its word, fences,
-//! then reads what is published; the waiter publishes, fences, then reads the words. In every
-//! interleaving at least one of the two sees the other.
+//! The Dekker pair that everything rests on, tag `epoch-dekker`: the reader stores its word,
+//! fences, then reads what is published; the waiter publishes, fences, then reads the words. In
+//! every interleaving at least one of the two sees the other.
 
 pub mod grace;
 pub mod publish;
@@ -204,16 +204,21 @@ impl Participant {
     }
 
     /// Open a section. Ends with [`retire`](Self::retire).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn announce(&self) {
         let word = &self.record().word;
         // ORDERING[epoch-own]: Relaxed. Only this thread writes the word; pairs with the stores
         // below and in `retire`.
         let value = word.load(Ordering::Relaxed);
-        // Odd already: a guard was leaked. What it protected cannot be borrowed any more (we hold the
-        // participant), so that section ends here and the next one begins.
+        // Odd already: a guard was leaked. What it protected cannot be borrowed any more (we hold
+        // the participant), so that section ends here and the next one begins.
         let open = value.wrapping_add(1) | 1;
-        // ORDERING[epoch-own]: Relaxed; ordered by the fence that follows.
+        #[cfg(not(busted = "announce_relaxed"))]
+        // ORDERING[epoch-exit]: Release. Pairs with the Acquire loads of waiters: one that waits
+        // for our former section may miss the value that ended it and read this one.
+        word.store(open, Ordering::Release);
+        #[cfg(busted = "announce_relaxed")]
+        // ORDERING[epoch-exit]: Relaxed. The mutant's: says nothing of the former section.
         word.store(open, Ordering::Relaxed);
         // ORDERING[epoch-dekker]: SeqCst fence. Pairs with the fence in `EpochDomain::drain` and
         // `Grace::start`: either they see our odd word, or we see what they published.
@@ -221,7 +226,7 @@ impl Participant {
     }
 
     /// Close the section.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn retire(&self) {
         let word = &self.record().word;
         // ORDERING[epoch-own]: Relaxed. Only this thread writes the word.

@@ -1,11 +1,12 @@
 //! A value that readers see through a pin while one writer replaces it.
 //!
-//! Owns [`Published`]: two buffers and the index of the live one. Readers borrow the live buffer for
-//! as long as their pin; the writer changes the other one, publishes it and waits for a grace period
-//! before it may touch the buffer that was live. No allocation happens at publication.
+//! Owns [`Published`]: two buffers and the index of the live one. Readers borrow the live buffer
+//! for as long as their pin; the writer changes the other one, publishes it and waits for a grace
+//! period before it may touch the buffer that was live. No allocation happens at publication.
 //!
-//! UNSAFETY: this file, `frame/raw.rs` and `frame/arena.rs` are the only ones that use `unsafe`. Here
-//! it is the shared borrow of a buffer that a writer will borrow mutably later; the epoch keeps the two apart.
+//! UNSAFETY: this file, `frame/raw.rs` and `frame/arena.rs` are the only ones that use `unsafe`.
+//! Here it is the shared borrow of a buffer that a writer will borrow mutably later; the epoch
+//! keeps the two apart.
 
 use alloc::sync::Arc;
 use core::fmt;

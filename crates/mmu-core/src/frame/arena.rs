@@ -1,9 +1,9 @@
 //! A ready-made [`PhysMap`]: one contiguous block of frames with a direct map.
 //!
-//! Owns [`Arena`]. Either it allocates its frames ([`Arena::with_capacity`]), or the embedder hands it
-//! memory that is also guest-physical memory of a machine ([`Arena::from_raw_parts`]), which is how
-//! `mini_vmm` lets the CPU walk the tables. Finding a table is one subtraction, one compare and one
-//! addition.
+//! Owns [`Arena`]. Either it allocates its frames ([`Arena::with_capacity`]), or the embedder hands
+//! it memory that is also guest-physical memory of a machine ([`Arena::from_raw_parts`]), which is
+//! how `mini_vmm` lets the CPU walk the tables. Finding a table is one subtraction, one compare and
+//! one addition.
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -102,7 +102,7 @@ impl Arena {
     ///
     /// # Panics
     /// When the number is not one of this block's: an entry that no code of ours wrote.
-    #[inline]
+    #[inline(always)]
     fn index(&self, frame: Pfn) -> usize {
         let index = to_index(frame.get().wrapping_sub(self.base_pfn.get()));
         assert!(index < self.metas.len(), "{frame:?} is not a table frame of this arena (I1)");
@@ -175,7 +175,7 @@ unsafe impl PhysMap for Arena {
         self.reclaimed.store(frame.get() + 1, Ordering::Relaxed);
     }
 
-    #[inline]
+    #[inline(always)]
     fn table(&self, frame: Pfn) -> NonNull<PageTable> {
         let index = self.index(frame);
         // SAFETY: `base` points to `metas.len()` tables in one allocation and `index` is below.

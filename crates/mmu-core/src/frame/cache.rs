@@ -1,8 +1,8 @@
 //! The per-thread cache of table frames: allocation before any lock.
 //!
-//! Owns [`MmuCache`]. `top_up` may fail and is called with nothing held; `take` cannot fail after it
-//! (KVM row 0.1.7). Frames in the cache are filled with the non-present value already, so linking
-//! one costs no more than the link.
+//! Owns [`MmuCache`]. `top_up` may fail and is called with nothing held; `take` cannot fail after
+//! it (KVM row 0.1.7). Frames in the cache are filled with the non-present value already, so
+//! linking one costs no more than the link.
 
 use arrayvec::ArrayVec;
 

@@ -4,8 +4,8 @@
 //! [`PhysMap`] (what the embedder gives, the only unsafe trait), and through its files the
 //! [`Arena`] (a ready-made `PhysMap`), the [`TablePool`] and the per-thread [`MmuCache`].
 //!
-//! Frames are type-stable: from the moment a [`PhysMap`] provides one until the pool is dropped it is
-//! a `[SpteCell; ENTRIES]` and nothing else, so a stale reader can be wrong but never undefined.
+//! Frames are type-stable: from the moment a [`PhysMap`] provides one until the pool is dropped it
+//! is a `[SpteCell; ENTRIES]` and nothing else, so a stale reader can be wrong but never undefined.
 //! What keeps it from being wrong is the epoch: a frame is reused only after the flush that its
 //! removal owed is complete and a grace period has passed (invariant I13).
 

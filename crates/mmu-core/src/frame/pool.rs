@@ -6,7 +6,8 @@
 //! [`FlushDebt`](crate::flush::FlushDebt)) -> flush complete, retired here -> grace period -> free.
 //! It goes back to the `PhysMap` when the pool is dropped.
 //!
-//! Lock: one spin lock, a leaf; taken once per batch of frames, never on a path that takes no table.
+//! Lock: one spin lock, a leaf; taken once per batch of frames, never on a path that takes no
+//! table.
 
 use alloc::sync::Arc;
 use core::fmt;
@@ -148,6 +149,7 @@ impl<P: PhysMap> TablePool<P> {
         let found = taken.len();
         free.append(&self.map, taken);
         self.free.put(free, &lock);
+        // INVARIANT[I14]: reclamation that lags is reported with its extent.
         let waiting = self.covered.len() + self.waiting.len();
         Err(OutOfFrames { wanted: min, found, waiting })
     }
@@ -193,6 +195,7 @@ impl<P: PhysMap> TablePool<P> {
         // Twice: a period that just ended lets the next one begin, and with no section open that
         // one is over at once.
         for _ in 0..2 {
+            // INVARIANT[I13]: a frame is free when everybody pinned at its retirement has left.
             if self.grace.elapsed(&self.domain, lock) {
                 let covered = self.covered.take(lock);
                 self.free.append(&self.map, covered, lock);

@@ -1,7 +1,7 @@
 //! Frames from raw memory: every pointer that the MMU follows is followed here.
 //!
-//! Owns [`PhysMap`], the only unsafe trait, the step from its pointers to references, and the prefetch
-//! hint. UNSAFETY: `unsafe` stands in this file, in `arena.rs` (an implementor) and in
+//! Owns [`PhysMap`], the only unsafe trait, the step from its pointers to references, and the
+//! prefetch hint. UNSAFETY: `unsafe` stands in this file, in `arena.rs` (an implementor) and in
 //! `epoch/publish.rs`, nowhere else; what they rely on is the numbered contract below.
 
 use core::ptr::NonNull;
@@ -9,7 +9,8 @@ use core::ptr::NonNull;
 use super::{FrameMeta, PageTable};
 use crate::addr::Pfn;
 
-/// Gives frames to a [`TablePool`](super::TablePool) and finds them again by number, in O(1): a direct map.
+/// Gives frames to a [`TablePool`](super::TablePool) and finds them again by number, in O(1): a
+/// direct map.
 ///
 /// # Safety
 /// The implementor promises, for as long as `&self` is valid:
@@ -40,7 +41,7 @@ pub unsafe trait PhysMap {
 ///
 /// The reference lives as long as the map, longer than the table is linked; callers tie it to an
 /// epoch guard where it matters what the table means.
-#[inline]
+#[inline(always)]
 pub fn table<P: PhysMap + ?Sized>(map: &P, frame: Pfn) -> &PageTable {
     let pointer = map.table(frame);
     // SAFETY: `PhysMap` clause 2 (a frame it did not provide does not return, clause 3).

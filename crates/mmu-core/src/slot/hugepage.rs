@@ -28,6 +28,7 @@ pub fn max_level(slot: &Memslot, gfn: Gfn, cap: Level) -> Level {
 
 /// May one entry at `level` map the block around `gfn`?
 fn is_allowed(slot: &Memslot, gfn: Gfn, level: Level) -> bool {
+    // INVARIANT[I12]: aligned alike on both sides, and inside one slot.
     let congruent = Gfn::new(slot.base_gfn.get() ^ slot.hva_page()).is_aligned(level);
     congruent && slot.range().covers(GfnRange::entry(gfn, level))
 }

@@ -2,8 +2,8 @@
 //!
 //! Owns [`SpteCell`]. Reading yields a [`Spte`] snapshot; hardware and other threads may change the
 //! cell at any time, so only a compare-exchange (or an exchange whose old value is accounted for)
-//! commits. There is no read-modify-store. In `tdp-mmu` the module `change` is the only caller of the
-//! mutators.
+//! commits. There is no read-modify-store. In `tdp-mmu` the module `change` is the only caller of
+//! the mutators.
 
 use super::Spte;
 use crate::lock::Exclusive;
@@ -50,6 +50,7 @@ impl SpteCell {
     #[inline]
     pub fn try_change(&self, old: Spte, new: Spte) -> Result<(), Spte> {
         #[cfg(not(busted = "store_instead_of_cmpxchg"))]
+        // ORDERING[scan]: what a scan saw with `peek` is compared and committed here.
         // ORDERING[publish-table]: AcqRel. Release pairs with the Acquire in `load`: a child table
         // is initialised before it is linked. Acquire: the lost value may be a link to follow.
         return self

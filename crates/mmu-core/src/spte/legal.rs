@@ -348,6 +348,8 @@ impl<F: SpteFormat> SpteConfig<F> {
     fn check_leaf(&self, new: Spte, level: Level) -> Result<(), IllegalChange> {
         let plain = self.untrack(new);
         self.check_reserved(plain, level)?;
+        // INVARIANT[I6]: a tracked leaf has something to restore, and its fields leave no room
+        // for W.
         if !self.is_hw_present(plain) {
             return Err(IllegalChange::NoAccess { new });
         }
@@ -392,6 +394,7 @@ impl<F: SpteFormat> SpteConfig<F> {
     fn leaf_change(&self, old: Spte, new: Spte) -> Result<ChangeKind, IllegalChange> {
         let changed = Spte::from_raw(old.raw() ^ new.raw());
         if changed.has(FRAME) {
+            // INVARIANT[I3]: an empty entry has to stand in between.
             return Err(IllegalChange::OtherPage { old: self.pfn(old), new: self.pfn(new) });
         }
         if changed.has(AD_TYPE) {

@@ -1,7 +1,7 @@
 //! What a walk over the guest's tables found, or the fault it raises.
 //!
-//! A walker reads each entry once, keeps it in the [`GuestWalk`] it returns, and whoever acts on the
-//! walk compares the entries again before trusting it (invariant I19).
+//! A walker reads each entry once, keeps it in the [`GuestWalk`] it returns, and whoever acts on
+//! the walk compares the entries again before trusting it (invariant I19).
 
 use arrayvec::ArrayVec;
 

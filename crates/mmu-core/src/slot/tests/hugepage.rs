@@ -29,6 +29,7 @@ fn check(slot: &Memslot, gfn: u64, cap: Level) {
     assert_eq!(max_level(slot, Gfn::new(gfn), cap), want.min(cap), "{slot:?} gfn {gfn:#x} {cap:?}");
 }
 
+// INVARIANT[I12].
 #[test]
 fn two_mib_blocks_agree_with_brute_force_for_every_offset() {
     let block = Level::L2.pages();

@@ -78,6 +78,7 @@ impl ForFormat for Layouts {
     }
 }
 
+// INVARIANT[I7].
 #[test]
 fn no_two_fields_of_a_class_overlap() {
     each_format(&mut Layouts);

@@ -46,6 +46,7 @@ impl Flags {
     }
 }
 
+// INVARIANT[I3], INVARIANT[I5], INVARIANT[I6], INVARIANT[I7].
 #[test]
 #[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn every_flag_combination_is_classified_and_judged_as_the_model_says() {

@@ -99,6 +99,7 @@ fn with_mode_based_execute_user_fetches_have_their_own_bit() {
 }
 
 /// KVM row 1.10: exactly four combinations of host-writable, MMU-writable and W.
+// INVARIANT[I5].
 #[test]
 fn four_of_eight_writable_combinations_are_legal() {
     let config = config::<Npt>(Capabilities::npt());

@@ -56,6 +56,7 @@ impl Flags {
     }
 }
 
+// INVARIANT[I6].
 #[test]
 #[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
 fn aging_is_idempotent_and_restoring_brings_back_all_but_w() {

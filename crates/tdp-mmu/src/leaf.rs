@@ -1,0 +1,169 @@
+//! The entry that a fault installs, without working it out each time.
+//!
+//! Owns [`LeafCache`], one per vCPU. Apart from the frame number, an entry depends on a few facts
+//! that are the same from one fault to the next: the slot's flags, the host's permission, the
+//! level, and whether this is a write. They make a key; while it stays the same, an entry is one OR
+//! away. No memory is shared and nothing here can go stale: the key is compared at every use, and
+//! the configuration of an MMU never changes.
+
+use mmu_core::access::Access;
+use mmu_core::addr::{Level, Pfn};
+use mmu_core::slot::Memslot;
+use mmu_core::spte::{LeafSpec, Spte, SpteConfig, SpteFormat};
+
+/// What an entry depends on besides its frame, in one word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LeafFacts(u32);
+
+impl LeafFacts {
+    const READ_ONLY: u32 = 1 << 0;
+    const LOGS_DIRTY: u32 = 1 << 1;
+    const INVALID: u32 = 1 << 2;
+    const HOST_WRITABLE: u32 = 1 << 3;
+    const WRITE: u32 = 1 << 4;
+    const PREFETCH: u32 = 1 << 5;
+    /// log2 of the page's 4 KiB pages.
+    const SHIFT: u32 = 8;
+    /// No fault has these.
+    const NONE: Self = Self(u32::MAX);
+
+    /// `write`: the access is one. `host_writable`: the host lets the guest write the page.
+    #[inline(always)]
+    pub(crate) fn new(
+        slot: &Memslot,
+        host_writable: bool,
+        level: Level,
+        write: bool,
+        prefetch: bool,
+    ) -> Self {
+        let when = |fact: bool, bit: u32| u32::from(fact) * bit;
+        Self(
+            when(slot.is_read_only(), Self::READ_ONLY)
+                | when(slot.logs_dirty(), Self::LOGS_DIRTY)
+                | when(slot.is_invalid(), Self::INVALID)
+                | when(host_writable, Self::HOST_WRITABLE)
+                | when(write, Self::WRITE)
+                | when(prefetch, Self::PREFETCH)
+                | level.shift() << Self::SHIFT,
+        )
+    }
+
+    const fn has(self, bit: u32) -> bool {
+        self.0 & bit != 0
+    }
+
+    /// The frame of the page that holds `pfn`.
+    #[inline(always)]
+    const fn align(self, pfn: Pfn) -> Pfn {
+        let shift = self.0 >> Self::SHIFT;
+        Pfn::new(pfn.get() >> shift << shift)
+    }
+
+    fn spec(self) -> LeafSpec {
+        let level = Level::ALL.into_iter().find(|level| level.shift() == self.0 >> Self::SHIFT);
+        let writable = self.has(Self::HOST_WRITABLE) && !self.has(Self::READ_ONLY);
+        LeafSpec {
+            pfn: Pfn::new(0),
+            level: level.unwrap_or(Level::L1),
+            access: match () {
+                () if self.has(Self::INVALID) => Access::empty(),
+                () if self.has(Self::READ_ONLY) => Access::READ_ONLY,
+                () => Access::ALL,
+            },
+            host_writable: writable,
+            // A slot that is logged gets W only by a write, which the log then sees.
+            map_writable: writable && (!self.has(Self::LOGS_DIRTY) || self.has(Self::WRITE)),
+            mmu_writable: writable,
+            accessed: !self.has(Self::PREFETCH),
+            memory_type: None,
+            host_mmio: false,
+        }
+    }
+}
+
+/// The last entry made, with frame 0.
+#[derive(Debug)]
+pub(crate) struct LeafCache {
+    facts: LeafFacts,
+    template: Spte,
+}
+
+impl LeafCache {
+    pub(crate) const fn new() -> Self {
+        Self { facts: LeafFacts::NONE, template: Spte::INVALID }
+    }
+
+    /// The entry that maps `pfn`, which is below the configuration's limit (KVM row 1.43).
+    #[inline(always)]
+    pub(crate) fn leaf<F: SpteFormat>(
+        &mut self,
+        config: &SpteConfig<F>,
+        facts: LeafFacts,
+        pfn: Pfn,
+    ) -> Spte {
+        debug_assert!(pfn < config.max_pfn_exclusive(), "checked by the fault");
+        if self.facts != facts {
+            self.renew(config, facts);
+        }
+        // The frame's bits are 0 in the template, encryption bits excepted, which no frame below
+        // the limit has; and what is no entry at all (INVALID) stays none.
+        self.template.with(facts.align(pfn).address().get())
+    }
+
+    #[cold]
+    fn renew<F: SpteFormat>(&mut self, config: &SpteConfig<F>, facts: LeafFacts) {
+        *self = Self { facts, template: config.leaf(&facts.spec()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mmu_core::addr::{Gfn, Hva};
+    use mmu_core::slot::SlotFlags;
+    use mmu_core::spte::{Capabilities, Ept};
+
+    /// Whatever comes before it, an entry is what the configuration would have made.
+    #[test]
+    fn a_cached_entry_is_the_one_that_would_be_made() {
+        let tracking = Capabilities { accessed_dirty: false, ..Capabilities::ept() };
+        let encrypted =
+            Capabilities { memory_encryption: Some((1 << 45, 1 << 45)), ..Capabilities::ept() };
+        for capabilities in [Capabilities::ept(), tracking, encrypted] {
+            let config = SpteConfig::<Ept>::new(capabilities).expect("possible");
+            let mut cache = LeafCache::new();
+            for case in 0..1u64 << 9 {
+                let bit = |n: u32| case >> n & 1 == 1;
+                let mut flags = SlotFlags::empty();
+                flags.set(SlotFlags::READ_ONLY, bit(0));
+                flags.set(SlotFlags::LOG_DIRTY, bit(1));
+                let slot = Memslot {
+                    as_id: 0,
+                    id: 0,
+                    flags,
+                    base_gfn: Gfn::new(0),
+                    npages: 1 << 20,
+                    hva: Hva::new(0),
+                };
+                let level = if bit(2) { Level::L2 } else { Level::L1 };
+                let pfn = Pfn::new(0x1_2345 + case);
+                let (write, prefetch) = (bit(4), bit(5));
+                let facts = LeafFacts::new(&slot, bit(3), level, write, prefetch);
+                let writable = bit(3) && !slot.is_read_only();
+                let made = config.leaf(&LeafSpec {
+                    pfn: pfn.align_down(level),
+                    level,
+                    access: slot.access(),
+                    host_writable: writable,
+                    map_writable: writable && (!slot.logs_dirty() || write),
+                    mmu_writable: writable,
+                    accessed: !prefetch,
+                    memory_type: None,
+                    host_mmio: false,
+                });
+                assert_eq!(cache.leaf(&config, facts, pfn), made, "case {case:#x}");
+                assert_eq!(cache.leaf(&config, facts, pfn), made, "again, case {case:#x}");
+            }
+        }
+    }
+}
