@@ -1,11 +1,12 @@
 //! Which cache lines a fault writes besides those of the table it changes: none that another vCPU's
 //! fault writes too. Counted, not timed, so it holds on any machine.
 //!
-//! An allocator that remembers what the VM allocated lets the test compare images of *all* of the VM's
-//! memory before and after each fault, instead of the fields somebody thought of. Left out are the
-//! tables themselves, what belongs to the faulting thread alone (its epoch record, its statistics, its
-//! handle, which stands on the stack), and nothing else. A word that is changed and changed back
-//! within one fault, such as a spin lock, does not show; [`WORDS_THAT_HIDE`] allows for it.
+//! An allocator that remembers what the VM allocated lets the test compare images of *all* of the
+//! VM's memory before and after each fault, instead of the fields somebody thought of. Left out are
+//! the tables themselves, what belongs to the faulting thread alone (its epoch record, its
+//! statistics, its handle, which stands on the stack), and nothing else. A word that is changed and
+//! changed back within one fault, such as a spin lock, does not show; [`WORDS_THAT_HIDE`] allows
+//! for it.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::collections::BTreeSet;

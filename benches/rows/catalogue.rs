@@ -12,10 +12,13 @@ pub struct Row {
     pub kvm: Option<f64>,
 }
 
+/// Measures those of its rows that are wanted.
+pub type Measure = fn(&mut Bench, &dyn Fn(&str) -> bool);
+
 /// Rows that are measured together, or one by one with the same preparation.
 pub struct Family {
     pub rows: &'static [Row],
-    pub run: fn(&mut Bench, &dyn Fn(&str) -> bool),
+    pub run: Measure,
 }
 
 const fn new(name: &'static str, unit: &'static str) -> Row {

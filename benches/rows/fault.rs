@@ -2,7 +2,6 @@
 
 use mmu_core::addr::Level;
 use mmu_core::fault::FaultOutcome;
-use mmu_core::spte::SpteFormat;
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 
 use crate::harness::{Bench, Random, time};
@@ -87,7 +86,6 @@ pub fn regain(vm: &mut Vm) {
     for gfn in 0..vm.pages {
         expect(vm.vcpu.fault(&forbidden_write(gfn)), FaultOutcome::Fixed);
     }
-    debug_assert!(mmu_core::spte::Ept::WRITABLE != 0);
 }
 
 /// `table_bytes_per_gib` and `meta_bytes_per_table`: counted, not timed.

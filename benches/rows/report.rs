@@ -18,7 +18,7 @@ pub fn print(bench: &Bench) {
     }
     for figure in &bench.figures {
         let Row { unit, target, kvm, .. } = *row(figure.row);
-        let number = |value: Option<f64>| value.map_or("-".into(), |value| short(value));
+        let number = |value: Option<f64>| value.map_or("-".into(), short);
         let ratio = kvm.map_or("-".into(), |kvm| format!("{:.1}x", kvm / figure.median()));
         let met = match target {
             Some(target) if figure.median() <= target => "",

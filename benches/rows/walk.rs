@@ -12,6 +12,8 @@ const SLICE: usize = 4096;
 /// Lookups that overlap.
 const BATCH: usize = 16;
 
+type Look = fn(&mut Vm, &[u32]);
+
 /// `walk_seq`, `walk_rand`, `walk_batch16`: through a walker; `walk_one`: each in a section of its
 /// own, with every entry on the way.
 pub fn rows(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
@@ -20,7 +22,7 @@ pub fn rows(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
     vm.populate();
     let sequence: Vec<u32> = (0..pages as u32).collect();
     let random = Random::new(4).permutation(pages);
-    let rows: [(_, fn(&mut Vm, &[u32]), _); 4] = [
+    let rows: [(_, Look, _); 4] = [
         ("walk_seq", look, &sequence),
         ("walk_rand", look, &random),
         ("walk_batch16", look_batch, &random),

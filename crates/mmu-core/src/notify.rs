@@ -20,7 +20,7 @@ use crate::addr::{Gfn, GfnRange};
 use crate::epoch::{EpochDomain, Participant};
 use crate::lock::Shared;
 use crate::spin::SpinLock;
-use crate::sync::{AtomicU64, Backoff, Ordering, plain};
+use crate::sync::{AtomicU64, Backoff, Ordering, load_own, plain};
 
 /// All invalidations of a VM.
 #[doc(alias = "mmu_notifier")]
@@ -114,7 +114,7 @@ impl Invalidations {
     pub fn begin<'a>(&'a self, participant: &mut Participant, range: GfnRange) -> Invalidation<'a> {
         let lock = self.lock.lock();
         // ORDERING[invalidate-count]: Relaxed. Changed under the lock only.
-        let count = self.count.load(Ordering::Relaxed);
+        let count = load_own(&self.count);
         self.widen(range, count == 0);
         // ORDERING[invalidate-count]: Release. Pairs with the Acquire in `must_retry`.
         self.count.store(count + 1, Ordering::Release);
@@ -130,7 +130,7 @@ impl Invalidations {
 
     fn widen(&self, range: GfnRange, first: bool) {
         // ORDERING[invalidate-range]: Relaxed. Changed under the lock only.
-        let (start, end) = (self.start.load(Ordering::Relaxed), self.end.load(Ordering::Relaxed));
+        let (start, end) = (load_own(&self.start), load_own(&self.end));
         let hull = GfnRange::new(Gfn::new(start), Gfn::new(end));
         let hull = if first { range } else { hull.hull(range) };
         // ORDERING[invalidate-range]: Release. Pairs with the Acquire loads in `must_retry`.
@@ -146,7 +146,7 @@ impl Invalidations {
         loop {
             let lock = self.lock.lock();
             // ORDERING[invalidate-count]: Relaxed. Changed under the lock only.
-            if self.count.load(Ordering::Relaxed) == 0 {
+            if load_own(&self.count) == 0 {
                 let result = swap();
                 drop(lock);
                 return result;
@@ -204,12 +204,12 @@ impl Drop for Invalidation<'_> {
         let all = self.all;
         let _lock = all.lock.lock();
         // ORDERING[invalidate-seq]: Relaxed load, changed under the lock only.
-        let seq = all.seq.load(Ordering::Relaxed);
+        let seq = load_own(&all.seq);
         // ORDERING[invalidate-seq]: Release. Pairs with the Acquire in `snapshot`. Stored before
         // the count goes down, so nobody sees the range gone and the old seq.
         all.seq.store(seq.wrapping_add(1), Ordering::Release);
         // ORDERING[invalidate-count]: Relaxed load, changed under the lock only.
-        let count = all.count.load(Ordering::Relaxed);
+        let count = load_own(&all.count);
         // ORDERING[invalidate-count]: Release. Pairs with the Acquire in `must_retry`.
         all.count.store(count.wrapping_sub(1), Ordering::Release);
     }

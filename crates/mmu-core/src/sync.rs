@@ -7,12 +7,26 @@
 #[cfg(not(loom))]
 pub use core::sync::atomic::{AtomicU64, Ordering, fence};
 #[cfg(loom)]
-pub use loom::sync::atomic::{AtomicU64, Ordering, fence};
+pub use modelled::{AtomicU64, Ordering, fence};
+
+#[cfg(loom)]
+mod modelled;
 
 /// Atomics that order nothing: statistics, and words that another lock or exclusive ownership
 /// protects. Models leave them out, because each one would multiply their interleavings.
 pub mod plain {
     pub use core::sync::atomic::{AtomicU64, Ordering};
+}
+
+/// A relaxed load by the only thread that may write `word` at this moment: its owner, or who holds
+/// the lock that writers take. No order of operations can change what it gives, and models do not
+/// try any.
+#[inline(always)]
+pub fn load_own(word: &AtomicU64) -> u64 {
+    #[cfg(not(loom))]
+    return word.load(Ordering::Relaxed);
+    #[cfg(loom)]
+    return word.own();
 }
 
 /// log2 of the entries in a table page: 9 on hardware, 1 in loom models (where each entry costs

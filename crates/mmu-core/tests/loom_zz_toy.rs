@@ -1,34 +1,22 @@
 //! toy
 #![cfg(loom)]
 use std::sync::{Arc, Mutex};
-use std::collections::BTreeMap;
-use loom::sync::atomic::{AtomicU64, Ordering::*};
+use mmu_core::sync::AtomicU64;
+use loom::sync::atomic::Ordering::*;
 #[test]
 fn toy() {
-    for own in [false, true] {
-        let seen = Arc::new(Mutex::new(BTreeMap::new()));
-        let s = seen.clone();
-        loom::model(move || {
-            let x = Arc::new(AtomicU64::new(0));
-            let y = x.clone();
-            let t = loom::thread::spawn(move || { if own { y.load(Acquire); } y.store(1, Release); });
-            let r = x.load(Acquire);
-            t.join().unwrap();
-            *s.lock().unwrap().entry(r).or_insert(0) += 1;
-        });
-        println!("own={own} {:?}", seen.lock().unwrap());
-    }
-    // two threads load then cas
-    let seen = Arc::new(Mutex::new(BTreeMap::new()));
-    let s = seen.clone();
     loom::model(move || {
+        let log = Arc::new(Mutex::new(Vec::new()));
         let x = Arc::new(AtomicU64::new(0));
         let y = x.clone();
-        let f = |x: &AtomicU64, v: u64| { let o = x.load(Acquire); let r = x.compare_exchange(o, v, AcqRel, Acquire).is_ok(); (o, r) };
-        let t = loom::thread::spawn(move || f(&y, 1));
-        let r = f(&x, 2);
-        let r2 = t.join().unwrap();
-        *s.lock().unwrap().entry((r, r2)).or_insert(0) += 1;
+        let f = |n: &str, x: &AtomicU64, v: u64, log: &Mutex<Vec<String>>| {
+            let o = x.load(Acquire); log.lock().unwrap().push(format!("{n} load {o}"));
+            let r = x.compare_exchange(o, v, AcqRel, Acquire).is_ok();  log.lock().unwrap().push(format!("{n} cas {r}"));
+            };
+        let l = log.clone();
+        let t = loom::thread::spawn(move || f("T", &y, 1, &l));
+        f("M", &x, 2, &log);
+        t.join().unwrap();
+        println!("{:?}", log.lock().unwrap());
     });
-    println!("{:#?}", seen.lock().unwrap());
 }

@@ -229,6 +229,7 @@ impl<F: SpteFormat> Change<'_, F> {
         debt: &mut FlushDebt,
         report: &mut ZapReport,
     ) {
+        pool.note_unlinked();
         let mut stack: ArrayVec<(Pfn, Level, usize), 5> = ArrayVec::new();
         stack.push((table, level, 0));
         while let Some((frame, level, index)) = stack.pop() {

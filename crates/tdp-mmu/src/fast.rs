@@ -14,6 +14,7 @@ use mmu_core::vm::Actor;
 
 use crate::change::Change;
 use crate::mmu::TdpMmu;
+use crate::recent::Recent;
 use crate::root::RootRef;
 
 /// Compare-exchanges tried before the slow path takes over.
@@ -46,6 +47,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     pub(crate) fn fast_fault(
         &self,
         actor: &mut Actor<H>,
+        recent: &mut Recent,
         root: &RootRef,
         fault: &PageFault,
     ) -> Result<FastPath, FaultError> {
@@ -55,10 +57,16 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if !can_be_fast(self.config(), fault) {
             return Ok(FastPath::Slow);
         }
-        Ok(self.try_fast(actor, root, fault))
+        Ok(self.try_fast(actor, recent, root, fault))
     }
 
-    fn try_fast(&self, actor: &mut Actor<H>, root: &RootRef, fault: &PageFault) -> FastPath {
+    fn try_fast(
+        &self,
+        actor: &mut Actor<H>,
+        recent: &mut Recent,
+        root: &RootRef,
+        fault: &PageFault,
+    ) -> FastPath {
         let space = root.role.space();
         // Before the section: the copy is validated inside by its generation.
         if !actor.keep_slot(space, fault.gfn()) {
@@ -78,7 +86,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let change = Change { config, stats: work.stats };
         for _ in 0..MAX_TRIES {
             let pool = work.vm.pool();
-            let step = self.last_step(pool, &work.section, root, fault.gfn());
+            let step = self.last_step(pool, &work.section, recent, root, fault.gfn());
             let old = step.spte;
             if !old.is_leaf(step.level) {
                 return FastPath::Slow;
@@ -112,7 +120,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         fault: &PageFault,
     ) -> Result<FastPath, FaultError> {
         let work = actor.pinned();
-        let step = self.last_step(work.vm.pool(), &work.section, root, fault.gfn());
+        let mut none = Recent::NONE;
+        let step = self.last_step(work.vm.pool(), &work.section, &mut none, root, fault.gfn());
         if self.config().reserved_bits(step.spte, step.level) != 0 {
             return Err(FaultError::ReservedBit { gpa: fault.gpa, spte: step.spte.raw() });
         }

@@ -27,6 +27,7 @@ pub mod iter;
 mod leaf;
 pub mod map;
 pub mod mmu;
+mod recent;
 pub mod root;
 mod scan;
 mod split;

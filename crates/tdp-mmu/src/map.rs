@@ -14,7 +14,7 @@ use mmu_core::epoch::EpochGuard;
 use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::cache::FRAMES_PER_FAULT;
-use mmu_core::frame::{MmuCache, PageTable, TablePool};
+use mmu_core::frame::{MmuCache, TablePool};
 use mmu_core::notify::Snapshot;
 use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::cell::SpteCell;
@@ -27,6 +27,7 @@ use crate::change::Change;
 use crate::fast::FastPath;
 use crate::leaf::LeafFacts;
 use crate::mmu::TdpMmu;
+use crate::recent::Recent;
 use crate::root::RootRef;
 use crate::vcpu::TdpVcpu;
 use crate::zap::ZapReport;
@@ -146,7 +147,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         if !self.mmu.roots().is_valid(&root) {
             return Ok(FaultOutcome::Retry);
         }
-        match self.mmu.fast_fault(&mut self.actor, &root, fault)? {
+        match self.mmu.fast_fault(&mut self.actor, &mut self.recent, &root, fault)? {
             FastPath::Outcome(outcome) => return Ok(outcome),
             FastPath::Slow => {}
         }
@@ -157,7 +158,10 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         };
         // Only a leaf that takes a table's place owes a flush.
         let mut debt = None;
-        let outcome = self.mmu.install(&mut self.actor.shared(), &root, &resolved, &mut debt);
+        let outcome = {
+            let work = &mut self.actor.shared();
+            self.mmu.install(work, &mut self.recent, &root, &resolved, &mut debt)
+        };
         if let Some(debt) = debt {
             self.actor.pay(debt, FlushScope::Ranges);
         }
@@ -273,6 +277,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     fn install(
         &self,
         work: &mut SharedWork<'_, H>,
+        recent: &mut Recent,
         root: &RootRef,
         fault: &Resolved,
         debt: &mut Option<FlushDebt>,
@@ -292,19 +297,28 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let change = Change { config: self.config(), stats };
         let pool = vm.pool();
         let epoch = section.epoch();
-        let mut table = pool.table(epoch, root.frame);
-        let mut level = root.role.level();
+        let unlinked = pool.unlinked();
+        let near = recent.frame(fault.gfn, unlinked).filter(|_| fault.goal == Level::L1);
+        let (mut frame, mut level) = match near {
+            Some(frame) => (frame, Level::L1),
+            None => (root.frame, root.role.level()),
+        };
         let mut lost = 0;
         loop {
             let (cell, old);
-            (table, level, cell, old) = self.descend(pool, epoch, table, level, fault);
-            if level > fault.goal && !old.is_frozen() {
+            (frame, level, cell, old) = self.descend(pool, epoch, frame, level, fault);
+            if old.is_frozen() {
+                *recent = Recent::NONE;
+                return Ok(FaultOutcome::Retry);
+            }
+            if level == Level::L1 && near.is_none() {
+                recent.note(fault.gfn, frame, unlinked);
+            }
+            if level > fault.goal {
                 if let Some(child) = self.grow(&change, vm, cache, cell, old, fault.gfn, level) {
-                    (table, level) = (child, level.below());
+                    (frame, level) = (child, level.below());
                     continue;
                 }
-            } else if old.is_frozen() {
-                return Ok(FaultOutcome::Retry);
             } else if !old.is_mmu_present() {
                 if change.set(cell, old, fault.leaf, level).is_ok() {
                     return Ok(FaultOutcome::Fixed);
@@ -323,23 +337,23 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         }
     }
 
-    /// Follow links from `table` until the goal or an entry that is no link.
+    /// Follow links from the table in `frame` until the goal or an entry that is no link.
     #[inline(always)]
     fn descend<'g>(
         &self,
         pool: &'g TablePool<H>,
         epoch: &'g EpochGuard<'_>,
-        mut table: &'g PageTable,
+        mut frame: Pfn,
         mut level: Level,
         fault: &Resolved,
-    ) -> (&'g PageTable, Level, &'g SpteCell, Spte) {
+    ) -> (Pfn, Level, &'g SpteCell, Spte) {
         loop {
-            let cell = table.cell(fault.gfn, level);
+            let cell = pool.table(epoch, frame).cell(fault.gfn, level);
             let old = cell.load();
             if level <= fault.goal || !old.is_table(level) {
-                return (table, level, cell, old);
+                return (frame, level, cell, old);
             }
-            table = pool.table(epoch, self.config().pfn(old));
+            frame = self.config().pfn(old);
             level = level.below();
         }
     }
@@ -348,16 +362,16 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// `None` when the race was lost.
     #[inline(never)]
     #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
-    fn grow<'g>(
+    fn grow(
         &self,
         change: &Change<'_, F>,
-        vm: &'g mmu_core::vm::VmCore<H>,
+        vm: &mmu_core::vm::VmCore<H>,
         cache: &mut MmuCache,
         cell: &SpteCell,
         old: Spte,
         gfn: Gfn,
         level: Level,
-    ) -> Option<&'g PageTable> {
+    ) -> Option<Pfn> {
         if old.is_mmu_present() {
             self.split_leaf(change, vm.pool(), cache, cell, old, gfn, level)
         } else {
@@ -367,16 +381,16 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
 
     /// Link an empty table under an entry that has none. `None` when the race was lost.
     #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
-    fn link_table<'g>(
+    fn link_table(
         &self,
         change: &Change<'_, F>,
-        vm: &'g mmu_core::vm::VmCore<H>,
+        vm: &mmu_core::vm::VmCore<H>,
         cache: &mut MmuCache,
         cell: &SpteCell,
         old: Spte,
         gfn: Gfn,
         level: Level,
-    ) -> Option<&'g PageTable> {
+    ) -> Option<Pfn> {
         let below = level.down()?;
         // top_up provided one for every level.
         let frame = cache.take()?;
@@ -386,7 +400,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             put_back(vm.pool(), cache, frame);
             return None;
         }
-        Some(vm.pool().owned_table(frame))
+        Some(frame)
     }
 
     /// The entry at the goal level is there already: a leaf that allows less than the access needs,

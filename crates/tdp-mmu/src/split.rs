@@ -4,8 +4,8 @@
 //! may set A or D in the huge leaf until the exchange succeeds; then the compare-exchange fails and
 //! the next attempt carries the bit over to every child.
 
-use mmu_core::addr::{Gfn, Level};
-use mmu_core::frame::{MmuCache, PageTable, TablePool};
+use mmu_core::addr::{Gfn, Level, Pfn};
+use mmu_core::frame::{MmuCache, TablePool};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::traits::Host;
@@ -18,16 +18,16 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// Replace the huge leaf `old` at `level` by a table of `ENTRIES` leaves one level lower.
     /// `None` when the entry changed meanwhile (look again) or no frame was topped up.
     #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
-    pub(crate) fn split_leaf<'g>(
+    pub(crate) fn split_leaf(
         &self,
         change: &Change<'_, F>,
-        pool: &'g TablePool<H>,
+        pool: &TablePool<H>,
         cache: &mut MmuCache,
         cell: &SpteCell,
         old: Spte,
         gfn: Gfn,
         level: Level,
-    ) -> Option<&'g PageTable> {
+    ) -> Option<Pfn> {
         let below = level.down()?;
         let frame = cache.take()?;
         let table = pool.owned_table(frame);
@@ -40,6 +40,6 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return None;
         }
         change.account_split(below);
-        Some(table)
+        Some(frame)
     }
 }

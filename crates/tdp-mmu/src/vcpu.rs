@@ -16,6 +16,7 @@ use mmu_core::vm::Actor;
 
 use crate::leaf::LeafCache;
 use crate::mmu::TdpMmu;
+use crate::recent::Recent;
 use crate::root::{RootError, RootRef};
 
 /// One vCPU's use of a [`TdpMmu`].
@@ -24,6 +25,7 @@ pub struct TdpVcpu<F: SpteFormat, H: Host> {
     pub(crate) actor: Actor<H>,
     pub(crate) root: Option<RootRef>,
     pub(crate) leaf: LeafCache,
+    pub(crate) recent: Recent,
     pub(crate) role: RootRole,
 }
 
@@ -39,6 +41,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             actor,
             root: None,
             leaf: LeafCache::new(),
+            recent: Recent::NONE,
             role: mmu.role(space),
         })
     }
@@ -87,6 +90,8 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
 
     /// Drop the reference to the root: for a vCPU that will not run for long.
     pub fn unload_root(&mut self) {
+        // A table of that tree means nothing any more.
+        self.recent = Recent::NONE;
         if let Some(root) = self.root.take() {
             self.mmu.put_root(self.actor.stats(), root);
         }

@@ -17,6 +17,7 @@ use mmu_core::vm::{Actor, PinnedWork};
 
 use crate::iter::Step;
 use crate::mmu::TdpMmu;
+use crate::recent::Recent;
 use crate::root::{FoundRoot, RootFilter, RootRef};
 
 /// The entries on the way to a gfn, from the root down; the last one is a leaf or not present.
@@ -29,18 +30,26 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         &self,
         pool: &'g TablePool<H>,
         section: &'g EpochGuard<'_>,
+        recent: &mut Recent,
         root: &RootRef,
         gfn: Gfn,
     ) -> Step<'g> {
-        let mut level = root.role.level();
-        let mut table = pool.table(section, root.frame);
+        let unlinked = pool.unlinked();
+        let near = recent.frame(gfn, unlinked);
+        let (mut frame, mut level) = match near {
+            Some(frame) => (frame, Level::L1),
+            None => (root.frame, root.role.level()),
+        };
         loop {
-            let cell = table.cell(gfn, level);
+            let cell = pool.table(section, frame).cell(gfn, level);
             let spte = cell.load();
             if !spte.is_table(level) {
+                if level == Level::L1 && near.is_none() {
+                    recent.note(gfn, frame, unlinked);
+                }
                 return Step { cell, spte, gfn: gfn.align_down(level), level };
             }
-            table = pool.table(section, self.config().pfn(spte));
+            frame = self.config().pfn(spte);
             level = level.below();
         }
     }

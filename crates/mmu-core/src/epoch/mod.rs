@@ -25,7 +25,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
-use crate::sync::{AtomicU64, Backoff, Ordering, fence, plain};
+use crate::sync::{AtomicU64, Backoff, Ordering, fence, load_own, plain};
 
 /// Most participants a domain may have. Drains scan this many words at worst.
 pub const MAX_PARTICIPANTS: usize = 4096;
@@ -209,7 +209,7 @@ impl Participant {
         let word = &self.record().word;
         // ORDERING[epoch-own]: Relaxed. Only this thread writes the word; pairs with the stores
         // below and in `retire`.
-        let value = word.load(Ordering::Relaxed);
+        let value = load_own(word);
         // Odd already: a guard was leaked. What it protected cannot be borrowed any more (we hold
         // the participant), so that section ends here and the next one begins.
         let open = value.wrapping_add(1) | 1;
@@ -230,7 +230,7 @@ impl Participant {
     pub(crate) fn retire(&self) {
         let word = &self.record().word;
         // ORDERING[epoch-own]: Relaxed. Only this thread writes the word.
-        let value = word.load(Ordering::Relaxed);
+        let value = load_own(word);
         // ORDERING[epoch-exit]: Release. Pairs with the Acquire loads of waiters: our reads and
         // writes inside the section are over before they go on.
         word.store(value.wrapping_add(1), Ordering::Release);
@@ -240,7 +240,7 @@ impl Participant {
 impl Drop for Participant {
     fn drop(&mut self) {
         // ORDERING[epoch-own]: Relaxed. Only this thread writes the word.
-        if self.record().word.load(Ordering::Relaxed) & 1 == 1 {
+        if load_own(&self.record().word) & 1 == 1 {
             // A leaked guard would hold up every drain for ever.
             self.retire();
         }

@@ -13,7 +13,7 @@ use core::fmt;
 
 use super::{EpochDomain, EpochGuard, Participant};
 use crate::addr::to_index;
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, load_own};
 
 #[cfg(not(loom))]
 use core::cell::UnsafeCell;
@@ -98,7 +98,7 @@ impl<T> Writer<T> {
     #[must_use]
     pub fn live(&self) -> &T {
         // ORDERING[publish-index]: Relaxed. Only this writer changes it.
-        let index = to_index(self.shared.live.load(Ordering::Relaxed)) & 1;
+        let index = to_index(load_own(&self.shared.live)) & 1;
         #[expect(clippy::indexing_slicing, reason = "masked to 0 or 1")]
         let pointer = pointer_to(&self.shared.buffers[index]);
         // SAFETY: shared borrow of the live buffer for the borrow of `self`; only `spare` and
@@ -114,7 +114,7 @@ impl<T> Writer<T> {
     /// The live value and the spare buffer at once.
     pub fn both(&mut self) -> (&T, &mut T) {
         // ORDERING[publish-index]: Relaxed. Only this writer changes it.
-        let index = to_index(self.shared.live.load(Ordering::Relaxed)) & 1;
+        let index = to_index(load_own(&self.shared.live)) & 1;
         #[expect(clippy::indexing_slicing, reason = "0 or 1")]
         let cell = &self.shared.buffers[1 - index];
         #[cfg(not(loom))]
@@ -154,7 +154,7 @@ impl<T> Writer<T> {
             "participant of another domain"
         );
         // ORDERING[publish-index]: Relaxed. Only this writer changes it.
-        let index = self.shared.live.load(Ordering::Relaxed);
+        let index = load_own(&self.shared.live);
         moment(&mut || {
             // ORDERING[publish-index]: Release. Pairs with the Acquire in `Published::read`.
             // Publishes: everything written through `spare`.

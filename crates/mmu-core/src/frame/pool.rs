@@ -17,6 +17,7 @@ use crate::addr::{Gfn, Level, Pfn};
 use crate::epoch::grace::Grace;
 use crate::epoch::{EpochDomain, EpochGuard};
 use crate::spin::{SpinGuard, SpinLock};
+use crate::sync;
 use crate::sync::plain::{AtomicU64, Ordering};
 
 /// A list whose head stands in atomics, because what a lock protects must be shareable.
@@ -58,6 +59,11 @@ impl LockedList {
     }
 }
 
+/// A word on lines of its own: read by every fault, hardly ever written.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct ReadMostly(sync::AtomicU64);
+
 /// The frames of one VM's page tables.
 pub struct TablePool<P: PhysMap> {
     map: P,
@@ -72,6 +78,8 @@ pub struct TablePool<P: PhysMap> {
     grace: Grace,
     /// Frames taken from the map, over the pool's life.
     provided: AtomicU64,
+    /// Tables taken out of live trees.
+    unlinked: ReadMostly,
 }
 
 impl<P: PhysMap> TablePool<P> {
@@ -88,6 +96,7 @@ impl<P: PhysMap> TablePool<P> {
             waiting: LockedList::default(),
             grace: Grace::new(),
             provided: AtomicU64::new(0),
+            unlinked: ReadMostly(sync::AtomicU64::new(0)),
         }
     }
 
@@ -111,6 +120,26 @@ impl<P: PhysMap> TablePool<P> {
     #[must_use]
     pub fn owned_table(&self, frame: Pfn) -> &PageTable {
         raw::table(&self.map, frame)
+    }
+
+    /// Tables taken out of live trees so far, to be read inside a section. While it stays the same
+    /// from one section to the next, a table that was reached in the first may be used in the
+    /// second, as if it had just been reached.
+    #[inline]
+    #[must_use]
+    pub fn unlinked(&self) -> u64 {
+        // ORDERING[table-unlinked]: Acquire, after the fence of the section's announcement. Pairs
+        // with the Release in `note_unlinked`; through `epoch-dekker`, either we see that, or the
+        // grace period of the table waits for our section.
+        self.unlinked.0.load(sync::Ordering::Acquire)
+    }
+
+    /// A table was taken out of a tree that vCPUs use: to be called after its link is gone and
+    /// before the table is retired.
+    pub fn note_unlinked(&self) {
+        // ORDERING[table-unlinked]: Release. Pairs with the Acquire in `unlinked`: who sees the
+        // count walks, and finds the link gone.
+        self.unlinked.0.fetch_add(1, sync::Ordering::Release);
     }
 
     /// Note the place of a frame that is about to be linked.
