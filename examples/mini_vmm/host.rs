@@ -104,8 +104,10 @@ impl VmmHost {
     /// Physical pages behind a guest range: the data page of each gfn is the slot's, which the
     /// scenarios lay out so that it follows from the gfn alone.
     fn data_pages(&self, range: GfnRange) -> Option<Range<u64>> {
-        let first = range.start.get().checked_sub(DATA_GFN)? + self.layout.data.start;
-        let end = (first + range.len()).min(self.layout.data.end);
+        let start = range.start.get().max(DATA_GFN);
+        let first = start - DATA_GFN + self.layout.data.start;
+        let pages = range.end.get().saturating_sub(start);
+        let end = first.saturating_add(pages).min(self.layout.data.end);
         (first < end).then_some(first..end)
     }
 }

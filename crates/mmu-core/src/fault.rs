@@ -109,6 +109,12 @@ pub enum EmulateReason {
         /// The slot that holds it.
         slot: u16,
     },
+    /// An access that the configuration forbids for the page, such as a fetch where nothing may be
+    /// executed.
+    Denied {
+        /// The guest frame.
+        gfn: Gfn,
+    },
 }
 
 impl fmt::Display for EmulateReason {
@@ -120,6 +126,7 @@ impl fmt::Display for EmulateReason {
             Self::ReadOnly { gfn, slot } => {
                 write!(f, "write to gfn {gfn} of slot {slot}, which is read-only")
             }
+            Self::Denied { gfn } => write!(f, "gfn {gfn} does not permit such an access"),
         }
     }
 }

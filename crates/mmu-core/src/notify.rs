@@ -62,6 +62,8 @@ impl Invalidations {
     #[inline]
     #[must_use]
     pub fn snapshot(&self) -> Snapshot {
+        #[cfg(loom)]
+        let _at_once = self.lock.by_contract();
         // ORDERING[invalidate-seq]: Acquire. Pairs with the Release in `Invalidation::drop`: a page
         // resolved after this is what the host has after the invalidations counted here.
         Snapshot(self.seq.load(Ordering::Acquire))
@@ -74,6 +76,8 @@ impl Invalidations {
     #[inline]
     #[must_use]
     pub fn must_retry(&self, _section: &Shared<'_>, snapshot: Snapshot, pages: GfnRange) -> bool {
+        #[cfg(loom)]
+        let _at_once = self.lock.by_contract();
         // ORDERING[invalidate-count]: Acquire. Pairs with the Release in `begin` (the range is
         // complete) and in `Invalidation::drop` (the new seq is visible).
         if self.count.load(Ordering::Acquire) != 0 {
@@ -99,6 +103,8 @@ impl Invalidations {
     #[inline]
     #[must_use]
     pub fn likely_in_progress(&self, gfn: Gfn) -> bool {
+        #[cfg(loom)]
+        let _at_once = self.lock.by_contract();
         // ORDERING[invalidate-count]: Relaxed. A hint.
         self.count.load(Ordering::Relaxed) != 0
             // ORDERING[invalidate-range]: Relaxed. A hint.

@@ -7,6 +7,8 @@
 
 use core::fmt;
 
+#[cfg(loom)]
+use crate::sync::contract::{Contract, Held};
 use crate::sync::{AtomicU64, Backoff, Ordering};
 
 /// A test-and-set lock.
@@ -14,17 +16,28 @@ pub struct SpinLock {
     /// 1 while held.
     held: AtomicU64,
     give_up_cpu: fn(),
+    #[cfg(loom)]
+    contract: Contract,
 }
 
 impl SpinLock {
     /// A free lock. `give_up_cpu` is called when a wait lasts long (a preempted holder).
     #[must_use]
     pub fn new(give_up_cpu: fn()) -> Self {
-        Self { held: AtomicU64::new(0), give_up_cpu }
+        Self {
+            held: AtomicU64::new(0),
+            give_up_cpu,
+            #[cfg(loom)]
+            contract: Contract::new(),
+        }
     }
 
     /// Take the lock, waiting for it.
     pub fn lock(&self) -> SpinGuard<'_> {
+        #[cfg(loom)]
+        if let Some(held) = self.by_contract() {
+            return held;
+        }
         let mut backoff = Backoff::new();
         loop {
             if let Some(guard) = self.try_lock() {
@@ -40,7 +53,18 @@ impl SpinLock {
         self.held
             .compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed)
             .ok()
-            .map(|_| SpinGuard { lock: self })
+            .map(|_| SpinGuard {
+                lock: self,
+                #[cfg(loom)]
+                held: None,
+            })
+    }
+
+    /// The lock, taken, in models that have it by contract.
+    #[cfg(loom)]
+    pub(crate) fn by_contract(&self) -> Option<SpinGuard<'_>> {
+        let held = self.contract.hold();
+        self.contract.applies().then_some(SpinGuard { lock: self, held })
     }
 }
 
@@ -55,10 +79,16 @@ impl fmt::Debug for SpinLock {
 #[must_use]
 pub struct SpinGuard<'a> {
     lock: &'a SpinLock,
+    #[cfg(loom)]
+    held: Held<'a>,
 }
 
 impl Drop for SpinGuard<'_> {
     fn drop(&mut self) {
+        #[cfg(loom)]
+        if self.held.is_some() {
+            return;
+        }
         // ORDERING[spin]: Release. Pairs with the Acquire in `SpinLock::try_lock`.
         self.lock.held.store(0, Ordering::Release);
     }

@@ -10,6 +10,8 @@ pub use core::sync::atomic::{AtomicU64, Ordering, fence};
 pub use modelled::{AtomicU64, Ordering, fence};
 
 #[cfg(loom)]
+pub mod contract;
+#[cfg(loom)]
 mod modelled;
 
 /// Atomics that order nothing: statistics, and words that another lock or exclusive ownership

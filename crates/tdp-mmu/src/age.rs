@@ -32,6 +32,7 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         request: AgeRequest,
         sink: &mut S,
     ) -> AgeReport {
+        self.assert_own(reader);
         if request.mode == AgeMode::Clear {
             self.unflushed().note(request.range);
         }
@@ -55,18 +56,22 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         if request.mode != AgeMode::Test {
             reader.stats().add(Counter::LeavesAged, total.young);
         }
-        if request.mode == AgeMode::ClearFlush {
+        let done = GfnRange::new(request.range.start, total.next);
+        let mut due = None;
+        match request.mode {
+            AgeMode::Test => {}
+            // Once more: a precise pass beside this one may have forgotten the first note.
+            AgeMode::Clear => self.unflushed().note(request.range),
             // What was aged without a flush before may still hide accesses in TLBs.
-            let done = GfnRange::new(request.range.start, total.next);
-            if let Some(due) = self.unflushed().take(done) {
-                reader.stats().inc(Counter::FlushOwed);
-                debt.owe(due);
-            }
+            AgeMode::ClearFlush => due = self.unflushed().due(done),
         }
-        if debt.is_empty() {
-            drop(debt);
-        } else {
-            reader.pay(debt, FlushScope::Ranges);
+        if let Some(due) = due {
+            reader.stats().inc(Counter::FlushOwed);
+            debt.owe(due.range);
+        }
+        reader.pay(debt, FlushScope::Ranges);
+        if let Some(due) = due {
+            self.unflushed().flushed(due);
         }
         total
     }

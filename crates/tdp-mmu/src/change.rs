@@ -70,6 +70,16 @@ impl<F: SpteFormat> Change<'_, F> {
         }
     }
 
+    /// Put the leaf `new` in an entry that maps nothing; `false` when somebody else changed it.
+    #[inline(always)]
+    pub(crate) fn map(&self, cell: &SpteCell, old: Spte, new: Spte, level: Level) -> bool {
+        debug_assert!(!old.is_mmu_present() && new.is_leaf(level), "{old:?} to {new:?}");
+        self.prove(old, new, level);
+        let done = cell.try_change(old, new).is_ok();
+        self.stats.inc(if done { Counter::pages(level) } else { Counter::CasLost });
+        done
+    }
+
     /// Clear the accessed bit, or access-track. One attempt: a lost one means that the entry is in
     /// use or going away, and counts as young (KVM rows 5.4, 5.5).
     #[inline]

@@ -43,7 +43,14 @@ fn can_be_fast<F: SpteFormat>(config: &SpteConfig<F>, fault: &PageFault) -> bool
 }
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
-    #[inline]
+    /// Is the fault for [`fast_fault`](Self::fast_fault) at all?
+    #[inline(always)]
+    pub(crate) fn may_be_fast(&self, fault: &PageFault) -> bool {
+        fault.code.contains(PfErrorCode::RESERVED) || can_be_fast(self.config(), fault)
+    }
+
+    /// Fix the fault without a lock, if that can be done.
+    #[inline(never)]
     pub(crate) fn fast_fault(
         &self,
         actor: &mut Actor<H>,
@@ -54,12 +61,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if fault.code.contains(PfErrorCode::RESERVED) {
             return self.reserved_fault(actor, root, fault);
         }
-        if !can_be_fast(self.config(), fault) {
-            return Ok(FastPath::Slow);
-        }
         Ok(self.try_fast(actor, recent, root, fault))
     }
 
+    #[inline(always)]
     fn try_fast(
         &self,
         actor: &mut Actor<H>,
@@ -120,6 +125,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         fault: &PageFault,
     ) -> Result<FastPath, FaultError> {
         let work = actor.pinned();
+        // A root that became invalid since may be taken apart by now.
+        if !self.roots().is_valid(root) {
+            return Ok(FastPath::Slow);
+        }
         let mut none = Recent::NONE;
         let step = self.last_step(work.vm.pool(), &work.section, &mut none, root, fault.gfn());
         if self.config().reserved_bits(step.spte, step.level) != 0 {

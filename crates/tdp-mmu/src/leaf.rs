@@ -8,7 +8,7 @@
 
 use mmu_core::access::Access;
 use mmu_core::addr::{Level, Pfn};
-use mmu_core::slot::Memslot;
+use mmu_core::slot::{Memslot, SlotFlags};
 use mmu_core::spte::{LeafSpec, Spte, SpteConfig, SpteFormat};
 
 /// What an entry depends on besides its frame, in one word.
@@ -16,14 +16,13 @@ use mmu_core::spte::{LeafSpec, Spte, SpteConfig, SpteFormat};
 pub(crate) struct LeafFacts(u32);
 
 impl LeafFacts {
-    const READ_ONLY: u32 = 1 << 0;
-    const LOGS_DIRTY: u32 = 1 << 1;
-    const INVALID: u32 = 1 << 2;
-    const HOST_WRITABLE: u32 = 1 << 3;
-    const WRITE: u32 = 1 << 4;
-    const PREFETCH: u32 = 1 << 5;
-    /// log2 of the page's 4 KiB pages.
-    const SHIFT: u32 = 8;
+    const WRITE: u32 = 1 << 0;
+    const HOST_WRITABLE: u32 = 1 << 1;
+    const PREFETCH: u32 = 1 << 2;
+    /// Where the level stands.
+    const LEVEL: u32 = 3;
+    /// Where the slot's flags stand.
+    const FLAGS: u32 = 8;
     /// No fault has these.
     const NONE: Self = Self(u32::MAX);
 
@@ -36,15 +35,12 @@ impl LeafFacts {
         write: bool,
         prefetch: bool,
     ) -> Self {
-        let when = |fact: bool, bit: u32| u32::from(fact) * bit;
         Self(
-            when(slot.is_read_only(), Self::READ_ONLY)
-                | when(slot.logs_dirty(), Self::LOGS_DIRTY)
-                | when(slot.is_invalid(), Self::INVALID)
-                | when(host_writable, Self::HOST_WRITABLE)
-                | when(write, Self::WRITE)
-                | when(prefetch, Self::PREFETCH)
-                | level.shift() << Self::SHIFT,
+            slot.flags.bits() << Self::FLAGS
+                | u32::from(level.number()) << Self::LEVEL
+                | u32::from(prefetch) * Self::PREFETCH
+                | u32::from(host_writable) * Self::HOST_WRITABLE
+                | u32::from(write) * Self::WRITE,
         )
     }
 
@@ -52,27 +48,26 @@ impl LeafFacts {
         self.0 & bit != 0
     }
 
-    /// The frame of the page that holds `pfn`.
-    #[inline(always)]
-    const fn align(self, pfn: Pfn) -> Pfn {
-        let shift = self.0 >> Self::SHIFT;
-        Pfn::new(pfn.get() >> shift << shift)
+    const fn has_flag(self, flag: SlotFlags) -> bool {
+        self.has(flag.bits() << Self::FLAGS)
     }
 
     fn spec(self) -> LeafSpec {
-        let level = Level::ALL.into_iter().find(|level| level.shift() == self.0 >> Self::SHIFT);
-        let writable = self.has(Self::HOST_WRITABLE) && !self.has(Self::READ_ONLY);
+        let number = |level: &Level| u32::from(level.number()) == self.0 >> Self::LEVEL & 7;
+        let level = Level::ALL.into_iter().find(number);
+        let writable = self.has(Self::HOST_WRITABLE) && !self.has_flag(SlotFlags::READ_ONLY);
         LeafSpec {
             pfn: Pfn::new(0),
             level: level.unwrap_or(Level::L1),
             access: match () {
-                () if self.has(Self::INVALID) => Access::empty(),
-                () if self.has(Self::READ_ONLY) => Access::READ_ONLY,
+                () if self.has_flag(SlotFlags::INVALID) => Access::empty(),
+                () if self.has_flag(SlotFlags::READ_ONLY) => Access::READ_ONLY,
                 () => Access::ALL,
             },
             host_writable: writable,
             // A slot that is logged gets W only by a write, which the log then sees.
-            map_writable: writable && (!self.has(Self::LOGS_DIRTY) || self.has(Self::WRITE)),
+            map_writable: writable
+                && (!self.has_flag(SlotFlags::LOG_DIRTY) || self.has(Self::WRITE)),
             mmu_writable: writable,
             accessed: !self.has(Self::PREFETCH),
             memory_type: None,
@@ -93,12 +88,14 @@ impl LeafCache {
         Self { facts: LeafFacts::NONE, template: Spte::INVALID }
     }
 
-    /// The entry that maps `pfn`, which is below the configuration's limit (KVM row 1.43).
+    /// The entry that maps `pfn`, which is below the configuration's limit, at `level`, which is
+    /// that of the facts (KVM row 1.43).
     #[inline(always)]
     pub(crate) fn leaf<F: SpteFormat>(
         &mut self,
         config: &SpteConfig<F>,
         facts: LeafFacts,
+        level: Level,
         pfn: Pfn,
     ) -> Spte {
         debug_assert!(pfn < config.max_pfn_exclusive(), "checked by the fault");
@@ -107,7 +104,7 @@ impl LeafCache {
         }
         // The frame's bits are 0 in the template, encryption bits excepted, which no frame below
         // the limit has; and what is no entry at all (INVALID) stays none.
-        self.template.with(facts.align(pfn).address().get())
+        self.template.with(pfn.align_down(level).address().get())
     }
 
     #[cold]
@@ -120,7 +117,6 @@ impl LeafCache {
 mod tests {
     use super::*;
     use mmu_core::addr::{Gfn, Hva};
-    use mmu_core::slot::SlotFlags;
     use mmu_core::spte::{Capabilities, Ept};
 
     /// Whatever comes before it, an entry is what the configuration would have made.
@@ -161,8 +157,8 @@ mod tests {
                     memory_type: None,
                     host_mmio: false,
                 });
-                assert_eq!(cache.leaf(&config, facts, pfn), made, "case {case:#x}");
-                assert_eq!(cache.leaf(&config, facts, pfn), made, "again, case {case:#x}");
+                assert_eq!(cache.leaf(&config, facts, level, pfn), made, "case {case:#x}");
+                assert_eq!(cache.leaf(&config, facts, level, pfn), made, "again, case {case:#x}");
             }
         }
     }

@@ -19,7 +19,7 @@ use mmu_core::notify::Snapshot;
 use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
-use mmu_core::stats::Counter;
+use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::traits::{Host, HostPage, ResolveError};
 use mmu_core::vm::SharedWork;
 
@@ -50,18 +50,24 @@ pub struct Prefault {
     pub outcome: FaultOutcome,
 }
 
-/// A fault whose page is known, and the entry that will map it.
+/// A fault whose page is known, and what that rests on.
 struct Resolved {
+    generation: u64,
+    snapshot: Snapshot,
+    wish: Wish,
+}
+
+/// An entry to be installed.
+#[derive(Clone, Copy)]
+struct Wish {
     gfn: Gfn,
     access: Access,
     prefetch: bool,
-    generation: u64,
-    snapshot: Snapshot,
     goal: Level,
     leaf: Spte,
 }
 
-impl Resolved {
+impl Wish {
     /// Everything that the entry will map.
     #[inline(always)]
     const fn pages(&self) -> GfnRange {
@@ -78,17 +84,11 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     /// # Errors
     /// [`FaultError`]; no entry was changed.
     pub fn fault(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
-        let result = self.handle(fault);
-        let stats = self.actor.stats();
-        stats.inc(Counter::PfTaken);
-        stats.inc(match &result {
-            Ok(FaultOutcome::Fixed) => Counter::PfFixed,
-            Ok(FaultOutcome::Spurious) => Counter::PfSpurious,
-            Ok(FaultOutcome::Retry) => Counter::PfRetry,
-            Ok(FaultOutcome::Emulate(_)) => Counter::PfEmulate,
-            Ok(FaultOutcome::WriteProtected) => Counter::PfWriteProtected,
-            Err(_) => Counter::PfError,
-        });
+        let mut counted = false;
+        let result = self.handle(fault, &mut counted);
+        if !counted {
+            count(self.actor.stats(), &result);
+        }
         result
     }
 
@@ -134,7 +134,11 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     // Inlined, like its parts below: the whole of a fault is two barriers and some hundred plain
     // instructions, and what calls would save and restore is a good part of those.
     #[inline(always)]
-    fn handle(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
+    fn handle(
+        &mut self,
+        fault: &PageFault,
+        counted: &mut bool,
+    ) -> Result<FaultOutcome, FaultError> {
         let gfn = fault.gfn();
         let max_gfn = self.mmu.config().max_gfn_exclusive();
         if gfn >= max_gfn {
@@ -143,24 +147,27 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         if !fault.max_level.may_be_leaf() {
             return Err(FaultError::NotALeafLevel { level: fault.max_level });
         }
-        let root = self.root.ok_or(FaultError::NoRoot)?;
-        if !self.mmu.roots().is_valid(&root) {
+        let Some(root) = &self.root else { return Err(FaultError::NoRoot) };
+        if !self.mmu.roots().is_valid(root) {
             return Ok(FaultOutcome::Retry);
         }
-        match self.mmu.fast_fault(&mut self.actor, &mut self.recent, &root, fault)? {
-            FastPath::Outcome(outcome) => return Ok(outcome),
-            FastPath::Slow => {}
+        if self.mmu.may_be_fast(fault) {
+            match self.mmu.fast_fault(&mut self.actor, &mut self.recent, root, fault)? {
+                FastPath::Outcome(outcome) => return Ok(outcome),
+                FastPath::Slow => {}
+            }
         }
         self.actor.top_up(FRAMES_PER_FAULT)?;
         let resolved = match self.resolve(fault) {
             Ok(resolved) => resolved,
             Err(stop) => return stop.result(fault, self.role().space()),
         };
+        let Some(root) = &self.root else { return Err(FaultError::NoRoot) };
         // Only a leaf that takes a table's place owes a flush.
         let mut debt = None;
         let outcome = {
             let work = &mut self.actor.shared();
-            self.mmu.install(work, &mut self.recent, &root, &resolved, &mut debt)
+            self.mmu.install(work, &mut self.recent, root, resolved, &mut debt, counted)
         };
         if let Some(debt) = debt {
             self.actor.pay(debt, FlushScope::Ranges);
@@ -191,18 +198,25 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
                 return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
             }
         };
+        if write && !page.writable {
+            let (slot, source) = (slot.id, ResolveError::ReadOnly);
+            return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
+        }
         if page.pfn >= self.mmu.config().max_pfn_exclusive() {
             return Err(Stop::BadPage { pfn: page.pfn });
         }
-        if write && !page.writable {
-            return Err(Stop::ReadOnly { slot: slot.id });
+        let mut max = fault.max_level;
+        if access.contains(Access::EXEC) && self.mmu.config().nx_huge_pages() {
+            // Huge leaves are not executable under the mitigation (KVM row 1.20).
+            max = Level::L1;
         }
-        let goal = self.mmu.goal_level(slot, gfn, &page, fault.max_level);
+        let goal = self.mmu.goal_level(slot, gfn, &page, max);
         let prefetch = fault.prefetch;
         // Here, not in the section: it depends on nothing that a section protects.
         let facts = LeafFacts::new(slot, page.writable, goal, write, prefetch);
-        let leaf = self.leaf.leaf(self.mmu.config(), facts, page.pfn);
-        Ok(Resolved { gfn, access, prefetch, generation, snapshot, goal, leaf })
+        let leaf = self.leaf.leaf(self.mmu.config(), facts, goal, page.pfn);
+        let wish = Wish { gfn, access, prefetch, goal, leaf };
+        Ok(Resolved { generation, snapshot, wish })
     }
 
     /// An error is the caller's only if nothing changed while the host was asked.
@@ -272,47 +286,88 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         level
     }
 
-    /// Walk from the root to the goal and install the page.
+    /// Install the page, if nothing happened meanwhile: in the table of the last fault when it has
+    /// the entry, else by a walk.
     #[inline(always)]
     fn install(
         &self,
         work: &mut SharedWork<'_, H>,
         recent: &mut Recent,
         root: &RootRef,
-        fault: &Resolved,
+        resolved: Resolved,
         debt: &mut Option<FlushDebt>,
+        counted: &mut bool,
     ) -> Result<FaultOutcome, FaultError> {
-        let SharedWork { section, cache, vm, stats } = work;
-        let vm = *vm;
+        let Resolved { generation, snapshot, wish: fault } = resolved;
+        let SharedWork { section, vm, stats, .. } = &*work;
         // The authoritative checks: what invalidates from here on waits for this section.
         #[cfg(not(busted = "skip_root_recheck"))]
         if !self.roots().is_valid(root) {
             return Ok(FaultOutcome::Retry);
         }
-        if vm.slots().generation() != fault.generation
-            || vm.notify().must_retry(section, fault.snapshot, fault.pages())
+        if vm.slots().generation() != generation
+            || vm.notify().must_retry(section, snapshot, fault.pages())
         {
             return Ok(FaultOutcome::Retry);
         }
+        let unlinked = vm.pool().unlinked();
+        let near = recent.table(fault.gfn, unlinked);
+        if let Some((frame, level)) = near.filter(|(_, level)| *level == fault.goal) {
+            let change = Change { config: self.config(), stats };
+            let table = vm.pool().table(section.epoch(), frame);
+            let cell = table.cell(fault.gfn, level);
+            let old = cell.load();
+            if old.is_leaf(level) {
+                if fault.prefetch || change.config.permits(old, fault.access) {
+                    // The usual ends are counted here, where the outcome is still a constant.
+                    *counted = true;
+                    stats.inc(Counter::PfTaken);
+                    stats.inc(Counter::PfSpurious);
+                    return Ok(FaultOutcome::Spurious);
+                }
+            } else if !old.is_mmu_present()
+                && !old.is_frozen()
+                && change.map(cell, old, fault.leaf, level)
+            {
+                *counted = true;
+                stats.inc(Counter::PfTaken);
+                stats.inc(Counter::PfFixed);
+                return Ok(FaultOutcome::Fixed);
+            }
+            // Anything else is rare enough to look at from the root.
+        }
+        // Put together here, so that the usual fault keeps it in registers.
+        let Wish { gfn, access, prefetch, goal, leaf } = fault;
+        let fault = Wish { gfn, access, prefetch, goal, leaf };
+        self.install_by_walk(work, recent, unlinked, root, &fault, debt)
+    }
+
+    /// Walk from the root to the goal and install the page.
+    #[inline(never)]
+    fn install_by_walk(
+        &self,
+        work: &mut SharedWork<'_, H>,
+        recent: &mut Recent,
+        unlinked: u64,
+        root: &RootRef,
+        fault: &Wish,
+        debt: &mut Option<FlushDebt>,
+    ) -> Result<FaultOutcome, FaultError> {
+        let SharedWork { section, cache, vm, stats } = work;
+        let vm = *vm;
         let change = Change { config: self.config(), stats };
         let pool = vm.pool();
         let epoch = section.epoch();
-        let unlinked = pool.unlinked();
-        let near = recent.frame(fault.gfn, unlinked).filter(|_| fault.goal == Level::L1);
-        let (mut frame, mut level) = match near {
-            Some(frame) => (frame, Level::L1),
-            None => (root.frame, root.role.level()),
-        };
+        let (mut frame, mut level) = (root.frame, root.role.level());
         let mut lost = 0;
         loop {
             let (cell, old);
             (frame, level, cell, old) = self.descend(pool, epoch, frame, level, fault);
             if old.is_frozen() {
-                *recent = Recent::NONE;
                 return Ok(FaultOutcome::Retry);
             }
-            if level == Level::L1 && near.is_none() {
-                recent.note(fault.gfn, frame, unlinked);
+            if level == fault.goal {
+                recent.note(fault.gfn, (frame, level), unlinked);
             }
             if level > fault.goal {
                 if let Some(child) = self.grow(&change, vm, cache, cell, old, fault.gfn, level) {
@@ -320,7 +375,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                     continue;
                 }
             } else if !old.is_mmu_present() {
-                if change.set(cell, old, fault.leaf, level).is_ok() {
+                if change.map(cell, old, fault.leaf, level) {
                     return Ok(FaultOutcome::Fixed);
                 }
             } else if old.is_leaf(level)
@@ -345,7 +400,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         epoch: &'g EpochGuard<'_>,
         mut frame: Pfn,
         mut level: Level,
-        fault: &Resolved,
+        fault: &Wish,
     ) -> (Pfn, Level, &'g SpteCell, Spte) {
         loop {
             let cell = pool.table(epoch, frame).cell(fault.gfn, level);
@@ -412,7 +467,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         vm: &mmu_core::vm::VmCore<H>,
         cell: &SpteCell,
         old: Spte,
-        fault: &Resolved,
+        fault: &Wish,
         debt: &mut Option<FlushDebt>,
     ) -> Option<Result<FaultOutcome, FaultError>> {
         let config = self.config();
@@ -424,14 +479,12 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 return Some(Err(FaultError::StaleMapping { gfn, mapped, resolved }));
             }
             if new == old || !config.permits(new, fault.access) {
-                return Some(Ok(FaultOutcome::Spurious));
+                // What this gfn may be given is there, and the access needs more.
+                let reason = EmulateReason::Denied { gfn: fault.gfn };
+                return Some(Ok(FaultOutcome::Emulate(reason)));
             }
             if config.is_host_writable(old) != config.is_host_writable(new) {
-                // Immutable while present (row 1.8), and the host changed it where the page is:
-                // through an empty entry, flushed.
-                let first = fault.gfn.align_down(level);
-                let _ = change.zap_leaf(cell, old, first, level, debt.get_or_insert_default());
-                return None;
+                return self.remake_leaf(change, cell, old, fault, debt);
             }
         }
         if change.set(cell, old, new, level).is_err() {
@@ -443,6 +496,27 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         Some(Ok(FaultOutcome::Fixed))
     }
 
+    /// The host made its page writable where it is. The bit that says so is immutable while the
+    /// entry is present (row 1.8), so the entry is emptied first. Nobody finds it empty with the
+    /// flush unpaid: either the new leaf stands there when this returns, or somebody else's.
+    #[cold]
+    fn remake_leaf(
+        &self,
+        change: &Change<'_, F>,
+        cell: &SpteCell,
+        old: Spte,
+        wish: &Wish,
+        debt: &mut Option<FlushDebt>,
+    ) -> Option<Result<FaultOutcome, FaultError>> {
+        let first = wish.gfn.align_down(wish.goal);
+        change.zap_leaf(cell, old, first, wish.goal, debt.get_or_insert_default())?;
+        let outcome = match change.set(cell, Spte::EMPTY, wish.leaf, wish.goal) {
+            Ok(()) => FaultOutcome::Fixed,
+            Err(_) => FaultOutcome::Retry,
+        };
+        Some(Ok(outcome))
+    }
+
     /// A huge leaf took the place of a table: take that apart and owe the flush (row 0.2.7).
     #[cold]
     fn replace_table(
@@ -450,7 +524,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         change: &Change<'_, F>,
         vm: &mmu_core::vm::VmCore<H>,
         old: Spte,
-        fault: &Resolved,
+        fault: &Wish,
         debt: &mut FlushDebt,
     ) {
         change.stats.inc(Counter::Collapses);
@@ -474,4 +548,18 @@ pub(crate) fn put_back<P: mmu_core::frame::PhysMap>(
         list.push(pool.map(), frame);
         pool.give_back(list);
     }
+}
+
+/// Count a fault by what came of it.
+#[inline(never)]
+fn count(stats: &StatsShard, result: &Result<FaultOutcome, FaultError>) {
+    stats.inc(Counter::PfTaken);
+    stats.inc(match result {
+        Ok(FaultOutcome::Fixed) => Counter::PfFixed,
+        Ok(FaultOutcome::Spurious) => Counter::PfSpurious,
+        Ok(FaultOutcome::Retry) => Counter::PfRetry,
+        Ok(FaultOutcome::Emulate(_)) => Counter::PfEmulate,
+        Ok(FaultOutcome::WriteProtected) => Counter::PfWriteProtected,
+        Err(_) => Counter::PfError,
+    });
 }

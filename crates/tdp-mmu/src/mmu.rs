@@ -70,6 +70,12 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         &self.options
     }
 
+    /// Operations that change or read tables through an actor of another VM would wait for the
+    /// wrong sections.
+    pub(crate) fn assert_own(&self, actor: &Actor<H>) {
+        assert!(Arc::ptr_eq(actor.vm(), &self.vm), "the actor belongs to another VM");
+    }
+
     #[inline]
     pub(crate) fn roots(&self) -> &Roots {
         &self.roots
@@ -87,8 +93,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if self.config.ad_enabled() { role } else { role.with_ad_disabled() }
     }
 
-    /// Create, delete, move or change a memory slot; mappings of a slot that goes away are gone,
-    /// flushed, when this returns (KVM row 6.6).
+    /// Create, delete, move or change a memory slot; this MMU's mappings of a slot that goes away
+    /// are gone, flushed, when this returns, in every address space (KVM row 6.6). For a VM with one
+    /// MMU; with several, call [`VmCore::set_slot`] and zap in each.
     ///
     /// # Errors
     /// [`SlotError`] names the rule and the values; nothing changed.
@@ -109,6 +116,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// # Errors
     /// The first entry that breaks a rule.
     pub fn check(&self, actor: &mut Actor<H>) -> Result<TreeCount, CheckError> {
+        self.assert_own(actor);
         let mut total = TreeCount::default();
         for index in 0..self.roots.reach() {
             let work = actor.pinned();

@@ -1,4 +1,4 @@
-//! The level-1 table that a vCPU's last fault ended in: faults come in neighbourhoods.
+//! The table that a vCPU's last fault ended in: faults come in neighbourhoods.
 //!
 //! Owns [`Recent`], one per vCPU: the frame of that table, so that the next fault there need not
 //! wait for the loads of a walk, one after the other, once its section is open. It is a frame
@@ -17,11 +17,14 @@
 //! same section, and forget the table with the root.
 
 use mmu_core::addr::{Gfn, Level, Pfn};
+use mmu_core::sync::ENTRY_BITS;
 
-/// A level-1 table, by frame, and when it was linked.
+/// A table, by frame, and when it was linked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Recent {
-    base: Gfn,
+    /// gfns of the table, without the bits below its reach.
+    base: u64,
+    level: Level,
     frame: Pfn,
     unlinked: u64,
 }
@@ -29,22 +32,28 @@ pub(crate) struct Recent {
 impl Recent {
     /// None: no table has this gfn.
     pub(crate) const NONE: Self =
-        Self { base: Gfn::new(u64::MAX), frame: Pfn::new(0), unlinked: 0 };
+        Self { base: u64::MAX, level: Level::L1, frame: Pfn::new(0), unlinked: 0 };
 
-    /// The frame of the table that has the entry for `gfn`. `unlinked` was read in this section.
+    /// The table that has the entry for `gfn`, or leads to it. `unlinked` was read in this section.
     #[inline(always)]
-    pub(crate) fn frame(&self, gfn: Gfn, unlinked: u64) -> Option<Pfn> {
-        let same = self.base == gfn.align_down(Level::L2);
+    pub(crate) fn table(&self, gfn: Gfn, unlinked: u64) -> Option<(Pfn, Level)> {
+        let same = self.base == base(gfn, self.level);
         #[cfg(not(busted = "trust_recent_table"))]
         let same = same && self.unlinked == unlinked;
         #[cfg(busted = "trust_recent_table")]
         let _ = (self.unlinked, unlinked);
-        same.then_some(self.frame)
+        same.then_some((self.frame, self.level))
     }
 
     /// A walk ended in the table in `frame`. `unlinked` was read in this section, before the walk.
     #[inline(always)]
-    pub(crate) fn note(&mut self, gfn: Gfn, frame: Pfn, unlinked: u64) {
-        *self = Self { base: gfn.align_down(Level::L2), frame, unlinked };
+    pub(crate) fn note(&mut self, gfn: Gfn, (frame, level): (Pfn, Level), unlinked: u64) {
+        *self = Self { base: base(gfn, level), level, frame, unlinked };
     }
+}
+
+/// What the gfns of a table at `level` have in common.
+#[inline(always)]
+const fn base(gfn: Gfn, level: Level) -> u64 {
+    gfn.get() >> (level.shift() + ENTRY_BITS)
 }

@@ -263,7 +263,8 @@ impl Roots {
     fn promote(&self, id: RootId, set: u64) {
         let index = id.index();
         let _ = self.update(index, |state| {
-            (state & IN_USE != 0 && RootId::new(index, state) == id).then_some(state | set)
+            let same = RootId::new(index, state) == id;
+            (state & (IN_USE | INVALID) == IN_USE | INVALID && same).then_some(state | set)
         });
     }
 
@@ -373,6 +374,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// vCPUs that have not left yet may still use the old mappings.
     #[doc(alias = "kvm_mmu_zap_all_fast")]
     pub fn invalidate_roots(&self, actor: &mut Actor<H>) -> ZapAll<'_, F, H> {
+        self.assert_own(actor);
         for index in 0..self.roots().reach() {
             self.roots().mark(index, IN_USE, INVALID, INVALID);
         }
@@ -433,6 +435,7 @@ impl<F: SpteFormat, H: Host> ZapAll<'_, F, H> {
     /// Do a slice: at most `tables` tables are taken apart. The first call waits until every vCPU
     /// has left the invalid roots.
     pub fn step(&mut self, actor: &mut Actor<H>, tables: usize) -> ZapProgress {
+        self.mmu.assert_own(actor);
         self.quiesce(actor);
         let mut left = tables.max(1);
         while left > 0 {

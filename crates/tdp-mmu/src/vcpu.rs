@@ -63,8 +63,12 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         self.role
     }
 
-    /// Is a root loaded, and still valid? Check after every exit that may have been a request to
-    /// reload ([`mmu_core::flush::FlushScope::Reload`]).
+    /// Is a root loaded, and still valid? Ask before **every** entry into the guest, in this order:
+    /// announce the entry where your [`TlbFlush::wait`](mmu_core::traits::TlbFlush::wait) looks for
+    /// it, execute a full barrier, then ask; if the answer is no, take the announcement back and
+    /// [`load_root`](Self::load_root). A zap-all makes roots invalid, then waits for announced vCPUs
+    /// ([`FlushScope::Reload`](mmu_core::flush::FlushScope::Reload)); an answer taken before the
+    /// announcement may be stale, and the CPU would walk tables that are being given back.
     #[must_use]
     pub fn root_is_current(&self) -> bool {
         self.root.is_some_and(|root| self.mmu.roots().is_valid(&root))
@@ -88,7 +92,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         Ok(root.frame)
     }
 
-    /// Drop the reference to the root: for a vCPU that will not run for long.
+    /// Drop the reference to the root. Call before the vCPU blocks (halts, waits for its thread to
+    /// be scheduled again): a root that became invalid keeps its place among the
+    /// [`MAX_ROOTS`](crate::root::MAX_ROOTS) until every vCPU has dropped it.
     pub fn unload_root(&mut self) {
         // A table of that tree means nothing any more.
         self.recent = Recent::NONE;

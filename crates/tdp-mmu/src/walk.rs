@@ -35,17 +35,14 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         gfn: Gfn,
     ) -> Step<'g> {
         let unlinked = pool.unlinked();
-        let near = recent.frame(gfn, unlinked);
-        let (mut frame, mut level) = match near {
-            Some(frame) => (frame, Level::L1),
-            None => (root.frame, root.role.level()),
-        };
+        let near = recent.table(gfn, unlinked);
+        let (mut frame, mut level) = near.unwrap_or((root.frame, root.role.level()));
         loop {
             let cell = pool.table(section, frame).cell(gfn, level);
             let spte = cell.load();
             if !spte.is_table(level) {
-                if level == Level::L1 && near.is_none() {
-                    recent.note(gfn, frame, unlinked);
+                if near != Some((frame, level)) {
+                    recent.note(gfn, (frame, level), unlinked);
                 }
                 return Step { cell, spte, gfn: gfn.align_down(level), level };
             }

@@ -12,6 +12,7 @@
 use mmu_core::addr::{GfnRange, Level};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::{PageTable, PhysMap};
+use mmu_core::notify::Invalidation;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
@@ -116,18 +117,36 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     pub fn unmap(&self, actor: &mut Actor<H>, range: GfnRange) -> ZapReport {
         let vm = self.vm();
         let invalidation = vm.notify().begin(actor.participant(), range);
+        let report = self.unmap_in(actor, &invalidation, range);
+        drop(invalidation);
+        report
+    }
+
+    /// The same inside an invalidation that the caller began, which must cover `range`: for a host
+    /// that takes pages away and changes them in between.
+    ///
+    /// # Panics
+    /// When `range` is not inside the invalidation's range, or the actor is another VM's.
+    pub fn unmap_in(
+        &self,
+        actor: &mut Actor<H>,
+        invalidation: &Invalidation<'_>,
+        range: GfnRange,
+    ) -> ZapReport {
+        self.assert_own(actor);
+        let covered = range.is_empty() || invalidation.range().covers(range);
+        assert!(covered, "{range} is not inside the invalidation of {}", invalidation.range());
         let mut report = ZapReport::default();
         let mut debt = FlushDebt::new();
         for index in 0..self.roots().reach() {
             self.zap_root_range(actor, index, range, &mut debt, &mut report);
         }
-        if debt.is_empty() && !range.is_empty() && invalidation.others_in_progress() {
-            // Another invalidation may have cleared our entries; its flush may not be over.
+        if !range.is_empty() && invalidation.others_in_progress() {
+            // Another invalidation may have emptied some of our entries; its flush may not be over.
             actor.stats().inc(Counter::FlushOwed);
             debt.owe(range);
         }
         actor.pay(debt, FlushScope::Ranges);
-        drop(invalidation);
         report
     }
 
@@ -177,12 +196,15 @@ fn zap_slice<F: SpteFormat, P: PhysMap>(
             }
         }
         visited += 1;
-        match iter.leaf_table(&step, range) {
-            Some(table) => {
-                visited += table.count;
-                zap_table(change, &table, debt, report);
-            }
-            None => zap_step(change, &step, debt, report),
+        if iter.leaf_table(&step, range).is_none() {
+            zap_step(change, &step, debt, report);
+        }
+        // Read again: a huge leaf may have been split before it could be taken out, by a fault on
+        // another part of it, and its children map our range.
+        let now = Step { spte: step.cell.load(), ..step };
+        if let Some(table) = iter.leaf_table(&now, range) {
+            visited += table.count;
+            zap_table(change, &table, debt, report);
         }
     }
     None

@@ -106,10 +106,8 @@ fn run<F: SpteFormat>(world: &World<F>, hand: &mut Hand<F>, op: Op) -> Seen {
 fn pair<F: SpteFormat>(name: &str, first: Op, second: Op, mapped: bool) {
     explore(name, move || {
         let world = Arc::new(World::<F>::new());
-        let mut hands = [(); 2].map(|()| Hand {
-            vcpu: world.vcpu(),
-            actor: world.vm.actor().expect("room"),
-        });
+        let mut hands =
+            [(); 2].map(|()| Hand { vcpu: world.vcpu(), actor: world.vm.actor().expect("room") });
         if mapped {
             world.map_clean(&mut hands[0].vcpu);
         }
@@ -121,8 +119,11 @@ fn pair<F: SpteFormat>(name: &str, first: Op, second: Op, mapped: bool) {
         });
         let mine = run(&world, &mut own, second);
         let (theirs, other) = thread.join().expect("no panic");
+        // A vCPU keeps the frame of a root that it has not left yet.
+        own.vcpu.unload_root();
+        drop(other);
         judge(&world, &mut own, [first, second], [&theirs, &mine], mapped);
-        drop((own, other));
+        drop(own);
         world.tear_down();
     });
 }

@@ -25,6 +25,8 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
+#[cfg(loom)]
+use crate::sync::contract::{Contract, Held};
 use crate::sync::{AtomicU64, Backoff, Ordering, fence, load_own, plain};
 
 /// Most participants a domain may have. Drains scan this many words at worst.
@@ -41,11 +43,20 @@ struct Record {
     /// The word as the running grace period saw it. Protected by the lock that owns the
     /// [`grace::Grace`].
     seen: plain::AtomicU64,
+    /// Held by the section, in models that have sections by contract.
+    #[cfg(loom)]
+    contract: Contract,
 }
 
 impl Record {
     fn new() -> Self {
-        Self { word: AtomicU64::new(0), claimed: AtomicU64::new(0), seen: plain::AtomicU64::new(0) }
+        Self {
+            word: AtomicU64::new(0),
+            claimed: AtomicU64::new(0),
+            seen: plain::AtomicU64::new(0),
+            #[cfg(loom)]
+            contract: Contract::new(),
+        }
     }
 }
 
@@ -59,6 +70,8 @@ pub struct EpochDomain {
     /// One past the highest record ever claimed: how far waiters scan.
     high: AtomicU64,
     give_up_cpu: GiveUpCpu,
+    /// 1 once a pool counts its grace periods here; a second one would overwrite its notes.
+    pools: plain::AtomicU64,
 }
 
 impl EpochDomain {
@@ -76,7 +89,12 @@ impl EpochDomain {
         let mut records = Vec::new();
         records.try_reserve_exact(capacity).map_err(|_| EpochError::NoMemory { capacity })?;
         records.resize_with(capacity, Record::new);
-        Ok(Arc::new(Self { records, high: AtomicU64::new(0), give_up_cpu }))
+        Ok(Arc::new(Self {
+            records,
+            high: AtomicU64::new(0),
+            give_up_cpu,
+            pools: plain::AtomicU64::new(0),
+        }))
     }
 
     /// Participants that may exist at once.
@@ -124,6 +142,11 @@ impl EpochDomain {
             if Some(index) == own {
                 continue;
             }
+            #[cfg(loom)]
+            if record.contract.applies() {
+                drop(record.contract.hold());
+                continue;
+            }
             // ORDERING[epoch-exit]: Acquire. Pairs with the Release in `Participant::retire`:
             // what the section did happens before what follows the drain.
             let seen = record.word.load(Ordering::Acquire);
@@ -143,6 +166,18 @@ impl EpochDomain {
     pub fn open_sections(&self) -> usize {
         // ORDERING[epoch-exit]: Acquire, though nothing depends on it: a figure.
         self.scan().filter(|(_, r)| r.word.load(Ordering::Acquire) & 1 == 1).count()
+    }
+
+    /// Take the domain's one right to count grace periods; `false` when it is taken.
+    pub(crate) fn claim_grace(&self) -> bool {
+        // ORDERING[grace-claim]: Relaxed. Decides which of two pools may exist, orders nothing.
+        self.pools.swap(1, plain::Ordering::Relaxed) == 0
+    }
+
+    /// Give the right back: the pool is gone.
+    pub(crate) fn unclaim_grace(&self) {
+        // ORDERING[grace-claim]: Relaxed. As above.
+        self.pools.store(0, plain::Ordering::Relaxed);
     }
 
     pub(crate) fn give_up_cpu(&self) -> GiveUpCpu {
@@ -189,7 +224,7 @@ impl Participant {
     #[inline]
     pub fn pin(&mut self) -> EpochGuard<'_> {
         self.announce();
-        EpochGuard { participant: self }
+        EpochGuard::announced(self)
     }
 
     /// Wait until every section of other participants that is open now has ended.
@@ -206,6 +241,10 @@ impl Participant {
     /// Open a section. Ends with [`retire`](Self::retire).
     #[inline(always)]
     pub(crate) fn announce(&self) {
+        #[cfg(loom)]
+        if self.record().contract.applies() {
+            return;
+        }
         let word = &self.record().word;
         // ORDERING[epoch-own]: Relaxed. Only this thread writes the word; pairs with the stores
         // below and in `retire`.
@@ -228,6 +267,10 @@ impl Participant {
     /// Close the section.
     #[inline(always)]
     pub(crate) fn retire(&self) {
+        #[cfg(loom)]
+        if self.record().contract.applies() {
+            return;
+        }
         let word = &self.record().word;
         // ORDERING[epoch-own]: Relaxed. Only this thread writes the word.
         let value = load_own(word);
@@ -256,13 +299,19 @@ impl Drop for Participant {
 #[derive(Debug)]
 pub struct EpochGuard<'p> {
     participant: &'p Participant,
+    #[cfg(loom)]
+    held: Held<'p>,
 }
 
 impl<'p> EpochGuard<'p> {
     /// A guard for a section that the caller announced and will retire when this one drops.
     #[inline]
     pub(crate) fn announced(participant: &'p Participant) -> Self {
-        Self { participant }
+        Self {
+            participant,
+            #[cfg(loom)]
+            held: participant.record().contract.hold(),
+        }
     }
 
     /// The participant that opened the section.
@@ -276,6 +325,8 @@ impl<'p> EpochGuard<'p> {
 impl Drop for EpochGuard<'_> {
     #[inline(always)]
     fn drop(&mut self) {
+        #[cfg(loom)]
+        drop(self.held.take());
         self.participant.retire();
     }
 }

@@ -40,7 +40,7 @@ impl<T> Published<T> {
     pub fn new(domain: Arc<EpochDomain>, live: T, spare: T) -> (Arc<Self>, Writer<T>) {
         let buffers = [UnsafeCell::new(live), UnsafeCell::new(spare)];
         let shared = Arc::new(Self { domain, buffers, live: AtomicU64::new(0) });
-        (Arc::clone(&shared), Writer { shared })
+        (Arc::clone(&shared), Writer { shared, settled: true })
     }
 
     /// Borrow the live value for as long as the section stays open.
@@ -91,6 +91,8 @@ impl<T> fmt::Debug for Published<T> {
 /// Having a `Writer` tells you: nobody else changes the value, and the spare buffer has no reader.
 pub struct Writer<T> {
     shared: Arc<Published<T>>,
+    /// Has every reader of the spare buffer left? False only after a panic inside `publish`.
+    settled: bool,
 }
 
 impl<T> Writer<T> {
@@ -112,7 +114,12 @@ impl<T> Writer<T> {
     }
 
     /// The live value and the spare buffer at once.
+    ///
+    /// # Panics
+    /// When a callback panicked inside the latest publication: the spare buffer may have readers
+    /// until [`publish`](Self::publish) is called again.
     pub fn both(&mut self) -> (&T, &mut T) {
+        assert!(self.settled, "a publication was cut short by a panic");
         // ORDERING[publish-index]: Relaxed. Only this writer changes it.
         let index = to_index(load_own(&self.shared.live)) & 1;
         #[expect(clippy::indexing_slicing, reason = "0 or 1")]
@@ -124,6 +131,7 @@ impl<T> Writer<T> {
         // SAFETY: exclusive borrow of the buffer that is not live.
         //   - no reader: it was live last before the latest `publish`, which returned only after
         //     every section that could have borrowed it had ended; later readers see the other.
+        //     A `publish` that a panic cut short left `settled` false, which was asserted.
         //   - no other `&mut`: this is the only writer, borrowed mutably.
         let spare = unsafe { &mut *pointer };
         #[expect(clippy::indexing_slicing, reason = "masked to 0 or 1")]
@@ -155,6 +163,7 @@ impl<T> Writer<T> {
         );
         // ORDERING[publish-index]: Relaxed. Only this writer changes it.
         let index = load_own(&self.shared.live);
+        self.settled = false;
         moment(&mut || {
             // ORDERING[publish-index]: Release. Pairs with the Acquire in `Published::read`.
             // Publishes: everything written through `spare`.
@@ -162,6 +171,7 @@ impl<T> Writer<T> {
         });
         #[cfg(not(busted = "publish_without_grace"))]
         participant.synchronize();
+        self.settled = true;
     }
 }
 

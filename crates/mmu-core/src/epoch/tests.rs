@@ -78,6 +78,28 @@ fn a_published_value_changes_under_readers_without_tearing() {
 }
 
 #[test]
+fn a_publication_cut_short_by_a_panic_never_lends_a_buffer_that_is_read() {
+    let domain = domain(2);
+    let (published, mut writer) = Published::new(Arc::clone(&domain), 1u64, 2u64);
+    let mut reader = domain.register().expect("room");
+    let mut own = domain.register().expect("room");
+    let section = reader.pin();
+    assert_eq!(*published.read(&section), 1);
+    let cut = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        writer.publish_at(&mut own, |swap| {
+            swap();
+            panic!("the embedder's callback");
+        });
+    }));
+    assert!(cut.is_err());
+    let lent = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| *writer.spare()));
+    assert!(lent.is_err(), "the reader still borrows the former buffer");
+    drop(section);
+    writer.publish(&mut own);
+    assert_eq!((*writer.live(), *writer.spare()), (1, 2));
+}
+
+#[test]
 #[should_panic(expected = "pinned in another domain")]
 fn a_guard_of_another_domain_is_refused() {
     let (published, _writer) = Published::new(domain(1), 1, 2);

@@ -48,7 +48,7 @@ impl MmuCache {
     /// held and no epoch pinned.
     ///
     /// # Errors
-    /// [`OutOfFrames`]; the cache keeps what it had.
+    /// [`OutOfFrames`], also for more than [`CACHE_CAPACITY`]; the cache keeps what it had.
     #[inline]
     pub fn top_up<P: PhysMap>(
         &mut self,
@@ -60,6 +60,10 @@ impl MmuCache {
 
     #[cold]
     fn refill<P: PhysMap>(&mut self, pool: &TablePool<P>, min: usize) -> Result<(), OutOfFrames> {
+        if min > CACHE_CAPACITY {
+            let (wanted, found) = (to_u64(min), to_u64(CACHE_CAPACITY));
+            return Err(OutOfFrames { wanted, found, waiting: 0 });
+        }
         let missing = min.saturating_sub(self.frames.len());
         let room = self.frames.remaining_capacity();
         // Half the room: a burst of threads should not strand the pool's last frames in caches.

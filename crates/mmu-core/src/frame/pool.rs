@@ -83,9 +83,14 @@ pub struct TablePool<P: PhysMap> {
 }
 
 impl<P: PhysMap> TablePool<P> {
-    /// An empty pool over `map`.
+    /// An empty pool over `map`. A domain has one pool at a time: the notes of a grace period stand
+    /// in the participants' records.
+    ///
+    /// # Panics
+    /// When the domain has a pool already.
     #[must_use]
     pub fn new(map: P, domain: Arc<EpochDomain>) -> Self {
+        assert!(domain.claim_grace(), "the domain has a table pool already");
         let lock = SpinLock::new(domain.give_up_cpu());
         Self {
             map,
@@ -268,6 +273,7 @@ impl<P: PhysMap> TablePool<P> {
 impl<P: PhysMap> Drop for TablePool<P> {
     fn drop(&mut self) {
         // `&mut self`: no section can be open, so waiting frames need wait no longer.
+        self.domain.unclaim_grace();
         let lock = self.lock.lock();
         for list in [&self.free, &self.covered, &self.waiting] {
             let mut frames = list.take(&lock);

@@ -21,7 +21,7 @@ impl<F: SpteFormat> SpteConfig<F> {
     /// Does hardware allow an access that needs all of `needed`? An access-tracked entry permits
     /// nothing. [`Access::USER`] is what legacy entries grant by U; NPT and EPT grant it always,
     /// except that with mode-based execute it selects bit 10 for fetches.
-    #[inline]
+    #[inline(always)]
     #[must_use]
     pub const fn permits(&self, spte: Spte, needed: Access) -> bool {
         let user = needed.contains(Access::USER);

@@ -9,7 +9,11 @@ pub(crate) fn explore(name: &str, body: impl Fn() + Send + Sync + 'static) {
 }
 
 /// The same with at most `bound` preemptions, for a model that docs/loom_models.txt lists so.
-pub(crate) fn explore_up_to(name: &str, bound: Option<usize>, body: impl Fn() + Send + Sync + 'static) {
+pub(crate) fn explore_up_to(
+    name: &str,
+    bound: Option<usize>,
+    body: impl Fn() + Send + Sync + 'static,
+) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = bound;
     builder.max_branches = 100_000;

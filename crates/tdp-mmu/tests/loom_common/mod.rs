@@ -19,13 +19,13 @@ use mmu_core::vm::{Actor, VmCore};
 use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
 
 /// The page that the models are about.
-pub const GFN: Gfn = Gfn::new(1);
+pub(crate) const GFN: Gfn = Gfn::new(1);
 
 /// Frames of the page before and after [`ModelHost::replace_page`].
 const PAGES: [u64; 2] = [0x100, 0x200];
 
 /// Run every interleaving of `body` and report how many there were.
-pub fn explore(name: &str, body: impl Fn() + Send + Sync + 'static) {
+pub(crate) fn explore(name: &str, body: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = None;
     builder.max_branches = 100_000;
@@ -39,7 +39,7 @@ pub fn explore(name: &str, body: impl Fn() + Send + Sync + 'static) {
 }
 
 /// The embedder: an arena, a host page that can change, and the processor's side of flushes.
-pub struct ModelHost {
+pub(crate) struct ModelHost {
     arena: Arena,
     /// Times the host replaced the page.
     replaced: AtomicU64,
@@ -49,12 +49,12 @@ pub struct ModelHost {
 
 impl ModelHost {
     /// The host gives another page to the guest.
-    pub fn replace_page(&self) {
+    pub(crate) fn replace_page(&self) {
         self.replaced.fetch_add(1, Ordering::AcqRel);
     }
 
     /// The page that the guest has now.
-    pub fn page(&self) -> Pfn {
+    pub(crate) fn page(&self) -> Pfn {
         let index = usize::from(self.replaced.load(Ordering::Acquire) > 0);
         Pfn::new(PAGES[index])
     }
@@ -100,15 +100,15 @@ impl PfnResolver for ModelHost {
 }
 
 /// A VM with one slot and one root.
-pub struct World<F: SpteFormat> {
-    pub vm: Arc<VmCore<ModelHost>>,
-    pub mmu: Arc<TdpMmu<F, ModelHost>>,
+pub(crate) struct World<F: SpteFormat> {
+    pub(crate) vm: Arc<VmCore<ModelHost>>,
+    pub(crate) mmu: Arc<TdpMmu<F, ModelHost>>,
     root: Pfn,
 }
 
 impl<F: SpteFormat> World<F> {
     /// The smallest tree the format has; A/D bits by hardware but for EPT, which is access-tracked.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let capabilities = match F::NAME {
             name if name == mmu_core::spte::Ept::NAME => {
                 Capabilities { accessed_dirty: false, ..Capabilities::ept() }
@@ -141,7 +141,7 @@ impl<F: SpteFormat> World<F> {
     }
 
     /// A vCPU on the root, its frame cache full, so that a fault takes no pool lock.
-    pub fn vcpu(&self) -> TdpVcpu<F, ModelHost> {
+    pub(crate) fn vcpu(&self) -> TdpVcpu<F, ModelHost> {
         let mut vcpu = TdpVcpu::new(&self.mmu, 0).expect("room");
         vcpu.load_root().expect("the root exists");
         vcpu.actor().top_up(5).expect("frames");
@@ -150,7 +150,7 @@ impl<F: SpteFormat> World<F> {
     }
 
     /// Map the page, then clear A and D (or track it), as a harvest and an aging pass would.
-    pub fn map_clean(&self, vcpu: &mut TdpVcpu<F, ModelHost>) {
+    pub(crate) fn map_clean(&self, vcpu: &mut TdpVcpu<F, ModelHost>) {
         let fault = PageFault::new(GFN.address(), PfErrorCode::WRITE);
         assert_eq!(vcpu.fault(&fault), Ok(FaultOutcome::Fixed));
         let (cell, spte) = self.leaf().expect("just mapped");
@@ -178,7 +178,7 @@ impl<F: SpteFormat> World<F> {
     }
 
     /// The processor writes to the page: did it get through?
-    pub fn cpu_write(&self) -> bool {
+    pub(crate) fn cpu_write(&self) -> bool {
         let out = self.vm.host().cpu.lock().expect("no panic");
         if *out {
             return false;
@@ -201,7 +201,7 @@ impl<F: SpteFormat> World<F> {
     }
 
     /// The tree is sound and the gauges say what stands in it.
-    pub fn check(&self, actor: &mut Actor<ModelHost>) {
+    pub(crate) fn check(&self, actor: &mut Actor<ModelHost>) {
         let tree = self.mmu.check(actor).expect("sound");
         let stats = self.vm.stats();
         assert_eq!(tree.leaves[0], stats.get(Counter::Pages4K));
@@ -209,7 +209,7 @@ impl<F: SpteFormat> World<F> {
     }
 
     /// Give everything back; nothing may be left.
-    pub fn tear_down(&self) {
+    pub(crate) fn tear_down(&self) {
         let mut actor = self.vm.actor().expect("room");
         let _ = self.mmu.destroy(&mut actor);
         drop(actor);
