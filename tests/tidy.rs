@@ -389,7 +389,9 @@ fn other_crates_forbid_unsafe() {
 fn atomic_operations_say_their_ordering() {
     let orders = ["Relaxed", "Acquire", "Release", "AcqRel", "SeqCst"];
     let mut wrong = Vec::new();
-    for source in crate_sources().iter().filter(|source| source.path != ATOMICS) {
+    // The door itself, and what stands behind it in models only.
+    let door = |path: &str| path == ATOMICS || path.starts_with("crates/mmu-core/src/sync/");
+    for source in crate_sources().iter().filter(|source| !door(&source.path)) {
         let lines: Vec<(usize, &str, &str)> = source.shipped().collect();
         for (index, (line, _, code)) in lines.iter().enumerate() {
             let named = |order: &str| !words(code, &format!("Ordering::{order}")).is_empty();

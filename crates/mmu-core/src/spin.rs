@@ -50,21 +50,20 @@ impl SpinLock {
     /// Take the lock if it is free.
     pub fn try_lock(&self) -> Option<SpinGuard<'_>> {
         // ORDERING[spin]: Acquire. Pairs with the Release in `SpinGuard::drop`.
-        self.held
-            .compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed)
-            .ok()
-            .map(|_| SpinGuard {
+        self.held.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).ok().map(|_| {
+            SpinGuard {
                 lock: self,
                 #[cfg(loom)]
                 held: None,
-            })
+            }
+        })
     }
 
     /// The lock, taken, in models that have it by contract.
     #[cfg(loom)]
     pub(crate) fn by_contract(&self) -> Option<SpinGuard<'_>> {
-        let held = self.contract.hold();
-        self.contract.applies().then_some(SpinGuard { lock: self, held })
+        // Lazily: a guard that is made and dropped would free the lock.
+        self.contract.hold().map(|held| SpinGuard { lock: self, held: Some(held) })
     }
 }
 

@@ -173,23 +173,20 @@ impl<F: SpteFormat> Change<'_, F> {
         taken: &mut Taken,
         debt: &mut FlushDebt,
     ) {
+        let (mut gone, mut young, mut dirty) = (0u64, 0u64, 0u64);
         while present != 0 {
             let bit = present.trailing_zeros();
             present &= present - 1;
-            let Some(cell) = cells.get(to_index(u64::from(bit))) else { return };
+            let Some(cell) = cells.get(to_index(u64::from(bit))) else { break };
             let mut old = cell.peek();
             // Bounded as in `zap_leaf`.
             while old.is_leaf(Level::L1) {
                 self.prove(old, Spte::EMPTY, Level::L1);
                 match cell.try_change(old, Spte::EMPTY) {
                     Ok(()) => {
-                        taken.report.add_leaf(self.config, old, Level::L1);
-                        let gfn = base.saturating_add(u64::from(bit));
-                        if taken.run.end != gfn {
-                            self.owe_run(taken, debt);
-                            taken.run = GfnRange::new(gfn, gfn);
-                        }
-                        taken.run.end = gfn.saturating_add(1);
+                        gone |= 1 << bit;
+                        young |= u64::from(self.config.is_accessed(old)) << bit;
+                        dirty |= u64::from(self.config.is_dirty(old)) << bit;
                         break;
                     }
                     Err(current) => {
@@ -198,6 +195,19 @@ impl<F: SpteFormat> Change<'_, F> {
                     }
                 }
             }
+        }
+        taken.report.add_word(gone, young, dirty);
+        while gone != 0 {
+            let first = gone.trailing_zeros();
+            let count = (gone >> first).trailing_ones();
+            let start = base.saturating_add(u64::from(first));
+            if taken.run.end != start {
+                self.owe_run(taken, debt);
+                taken.run.start = start;
+            }
+            taken.run.end = start.saturating_add(u64::from(count));
+            // Shifted in two steps: together they may be all 64.
+            gone &= (u64::MAX << first) << (count - 1) << 1;
         }
     }
 

@@ -36,11 +36,11 @@ impl LeafFacts {
         prefetch: bool,
     ) -> Self {
         Self(
-            slot.flags.bits() << Self::FLAGS
-                | u32::from(level.number()) << Self::LEVEL
-                | u32::from(prefetch) * Self::PREFETCH
-                | u32::from(host_writable) * Self::HOST_WRITABLE
-                | u32::from(write) * Self::WRITE,
+            (slot.flags.bits() << Self::FLAGS)
+                | (u32::from(level.number()) << Self::LEVEL)
+                | (u32::from(prefetch) * Self::PREFETCH)
+                | (u32::from(host_writable) * Self::HOST_WRITABLE)
+                | (u32::from(write) * Self::WRITE),
         )
     }
 

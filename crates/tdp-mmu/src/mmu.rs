@@ -94,8 +94,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 
     /// Create, delete, move or change a memory slot; this MMU's mappings of a slot that goes away
-    /// are gone, flushed, when this returns, in every address space (KVM row 6.6). For a VM with one
-    /// MMU; with several, call [`VmCore::set_slot`] and zap in each.
+    /// are gone, flushed, when this returns, in every address space (KVM row 6.6). For a VM with
+    /// one MMU; with several, call [`VmCore::set_slot`] and zap in each.
     ///
     /// # Errors
     /// [`SlotError`] names the rule and the values; nothing changed.

@@ -66,9 +66,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     /// Is a root loaded, and still valid? Ask before **every** entry into the guest, in this order:
     /// announce the entry where your [`TlbFlush::wait`](mmu_core::traits::TlbFlush::wait) looks for
     /// it, execute a full barrier, then ask; if the answer is no, take the announcement back and
-    /// [`load_root`](Self::load_root). A zap-all makes roots invalid, then waits for announced vCPUs
-    /// ([`FlushScope::Reload`](mmu_core::flush::FlushScope::Reload)); an answer taken before the
-    /// announcement may be stale, and the CPU would walk tables that are being given back.
+    /// [`load_root`](Self::load_root). A zap-all makes roots invalid, then waits for announced
+    /// vCPUs ([`FlushScope::Reload`](mmu_core::flush::FlushScope::Reload)); an answer taken before
+    /// the announcement may be stale, and the CPU would walk tables that are being given back.
     #[must_use]
     pub fn root_is_current(&self) -> bool {
         self.root.is_some_and(|root| self.mmu.roots().is_valid(&root))

@@ -70,6 +70,17 @@ impl ZapReport {
         }
     }
 
+    /// Count 4 KiB leaves that were taken out: one bit each in `gone`, in `young` and `dirty` too
+    /// if they were that.
+    #[inline]
+    pub(crate) fn add_word(&mut self, gone: u64, young: u64, dirty: u64) {
+        if let Some(count) = self.leaves.first_mut() {
+            *count += u64::from(gone.count_ones());
+        }
+        self.young += u64::from(young.count_ones());
+        self.dirty += u64::from(dirty.count_ones());
+    }
+
     /// Count the leaves of a level-1 table that nobody changes.
     pub(crate) fn add_table<F: SpteFormat>(&mut self, config: &SpteConfig<F>, table: &PageTable) {
         let used = scan::PRESENT | F::ACCESSED | F::DIRTY;

@@ -1,11 +1,11 @@
-//! Every pair of {fault, fast fault, zap leaf, zap root, age, CPU, lookup} on the shipped code, every
-//! interleaving: tables of two entries, one gfn, and whatever the two operations do to it.
+//! Every pair of {fault, fast fault, zap leaf, zap root, age, processor, lookup}, every interleaving:
+//! the shipped code on tables of two entries, one gfn, and whatever the two operations do to it.
 //!
-//! The lock, the epoch and invalidations are the real ones (they have exhaustive models of their own in
-//! `mmu-core`). The CPU is a thread that walks the live tables and sets A and D by compare-exchange; a
-//! flush waits until it is between two accesses, and a reload keeps it out, which is their contract.
-//! After the two have ended: the tree passes `check`, the gauges equal the recount, nothing of A, D or
-//! the mapping is lost, no page that was taken away is mapped, and teardown leaves no frame in use.
+//! Locks and sections are there by their contract; they have exhaustive models of their own. The
+//! processor is a thread that walks the live tables and sets A and D by compare-exchange; a flush
+//! waits until it is between two accesses and empties its TLB, a reload keeps it out. When the two
+//! have ended: the tree passes `check`, the gauges equal a recount, no A, D or mapping is lost, no page
+//! that was taken away is mapped or cached, and teardown leaves no frame in use.
 #![cfg(loom)]
 
 mod loom_common;
@@ -13,194 +13,247 @@ mod loom_common;
 use std::sync::Arc;
 
 use loom::thread;
-use loom_common::{GFN, World, explore};
-use mmu_core::access::PfErrorCode;
+use loom_common::{
+    Accessed, GFN, Modelled, Vcpu, World, explore, explore_shipped, take_fault, write_fault,
+};
 use mmu_core::addr::{GfnRange, Level};
-use mmu_core::fault::{FaultOutcome, PageFault};
-use mmu_core::spte::{Ept, Legacy, SpteFormat};
+use mmu_core::fault::FaultOutcome;
+use mmu_core::spte::{Ept, Legacy};
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
-use mmu_core::vm::Actor;
-use tdp_mmu::{TdpVcpu, ZapReport};
+use tdp_mmu::ZapReport;
 
-use loom_common::ModelHost;
+const PAGE: GfnRange = GfnRange::from_len(GFN, 1);
 
 /// What a thread does.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Op {
-    /// A write fault.
+    /// A write fault on a page that is not there.
     Fault,
-    /// A write fault that the fast path may fix.
+    /// A write fault that the fast path fixes: it restores an access-tracked entry, or gives W back.
     Fast,
-    /// The host takes the page away and gives another one.
+    /// The host takes the page away and has another one from then on.
     ZapLeaf,
     /// Zap-all, to the end.
     ZapRoot,
-    /// Test and clear accessed bits.
+    /// Test and clear the accessed bit.
     Age,
-    /// The processor writes to the page.
-    Cpu,
-    /// Look the entry up.
+    /// The processor writes to the page, or reads it.
+    Access,
     Lookup,
 }
 
+/// What the page is when the threads start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// No table but the root.
+    Empty,
+    /// Mapped, accessed and dirty, and in the TLB.
+    Used,
+    /// Mapped, neither accessed nor dirty (with hardware A/D).
+    Clean,
+    /// Write-protected, as for a dirty log, and clean; W may be given back.
+    Protected,
+    /// Access-tracked (without hardware A/D).
+    Tracked,
+}
+
 /// What a thread saw.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Seen {
+    fault: Option<FaultOutcome>,
     zapped: Option<ZapReport>,
-    cpu_wrote: bool,
+    accessed: Accessed,
     young: u64,
 }
 
-/// A thread's tools, made before the threads start.
-struct Hand<F: SpteFormat> {
-    vcpu: TdpVcpu<F, ModelHost>,
-    actor: Actor<ModelHost>,
+fn prepare<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, state: State) {
+    if state == State::Empty {
+        return;
+    }
+    assert_eq!(take_fault(vcpu, &write_fault(GFN, Level::L1, false)), FaultOutcome::Fixed);
+    let config = world.mmu.config();
+    match state {
+        State::Empty | State::Used => {}
+        State::Clean => world.adjust(GFN, |leaf| config.age(config.clear_dirty(leaf))),
+        State::Protected => {
+            world.adjust(GFN, |leaf| config.clear_dirty(leaf).without(F::WRITABLE));
+        }
+        State::Tracked => world.adjust(GFN, |leaf| config.age(leaf)),
+    }
+    world.fill_tlb(PAGE);
 }
 
-fn run<F: SpteFormat>(world: &World<F>, hand: &mut Hand<F>, op: Op) -> Seen {
+fn run<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, op: Op) -> Seen {
     let mut seen = Seen::default();
     match op {
-        Op::Fault | Op::Fast => {
-            let code = if op == Op::Fast {
-                PfErrorCode::WRITE | PfErrorCode::PRESENT
-            } else {
-                PfErrorCode::WRITE
-            };
-            let fault = PageFault::new(GFN.address(), code);
-            let outcome = hand.vcpu.fault(&fault).expect("memory and a page are there");
-            assert!(
-                matches!(
-                    outcome,
-                    FaultOutcome::Fixed | FaultOutcome::Spurious | FaultOutcome::Retry
-                ),
-                "{outcome:?}"
-            );
-        }
+        Op::Fault => seen.fault = Some(take_fault(vcpu, &write_fault(GFN, Level::L1, false))),
+        Op::Fast => seen.fault = Some(take_fault(vcpu, &write_fault(GFN, Level::L1, true))),
         Op::ZapLeaf => {
-            let range = GfnRange::entry(GFN, Level::L1);
-            let taken = world.vm.notify().begin(hand.actor.participant(), range);
-            world.vm.host().replace_page();
-            seen.zapped = Some(world.mmu.unmap(&mut hand.actor, range));
-            drop(taken);
+            let notify = world.vm.notify();
+            let invalidation = notify.begin(vcpu.actor().participant(), PAGE);
+            world.vm.host().replace(PAGE);
+            seen.zapped = Some(world.mmu.unmap_in(vcpu.actor(), &invalidation, PAGE));
+            assert!(!world.vm.host().is_stale(PAGE), "used after the unmap returned (I11)");
+            drop(invalidation);
         }
         Op::ZapRoot => {
-            seen.zapped = Some(world.mmu.invalidate_roots(&mut hand.actor).finish(&mut hand.actor));
+            let zap = world.mmu.invalidate_roots(vcpu.actor());
+            seen.zapped = Some(zap.finish(vcpu.actor()));
         }
         Op::Age => {
-            let range = GfnRange::entry(GFN, Level::L1);
-            let request = AgeRequest { range, mode: AgeMode::Clear, budget: 16 };
-            seen.young = world.mmu.age(&mut hand.actor, request, &mut CountOnly).young;
+            let request = AgeRequest { range: PAGE, mode: AgeMode::Clear, budget: 16 };
+            seen.young = world.mmu.age(vcpu.actor(), request, &mut CountOnly).young;
         }
-        Op::Cpu => seen.cpu_wrote = world.cpu_write(),
+        Op::Access => seen.accessed = world.access(GFN),
         Op::Lookup => {
-            for (level, spte) in world.mmu.lookup(&mut hand.actor, 0, GFN) {
-                assert!(spte.is_empty() || spte.is_frozen() || spte.is_mmu_present());
-                assert!(level == Level::L1 || !spte.is_leaf(level), "nothing is huge here");
+            for (level, spte) in world.mmu.lookup(vcpu.actor(), 0, GFN) {
+                let known = spte.is_empty() || spte.is_mmu_present();
+                assert!(known && (level == Level::L1 || !spte.is_leaf(level)), "{spte:?}");
             }
         }
     }
     seen
 }
 
-/// One pair, from one initial state.
-fn pair<F: SpteFormat>(name: &str, first: Op, second: Op, mapped: bool) {
-    explore(name, move || {
-        let world = Arc::new(World::<F>::new());
-        let mut hands =
-            [(); 2].map(|()| Hand { vcpu: world.vcpu(), actor: world.vm.actor().expect("room") });
-        if mapped {
-            world.map_clean(&mut hands[0].vcpu);
-        }
-        let [mut other, mut own] = hands;
-        let shared = Arc::clone(&world);
-        let thread = thread::spawn(move || {
-            let seen = run(&shared, &mut other, first);
-            (seen, other)
-        });
-        let mine = run(&world, &mut own, second);
-        let (theirs, other) = thread.join().expect("no panic");
-        // A vCPU keeps the frame of a root that it has not left yet.
-        own.vcpu.unload_root();
-        drop(other);
-        judge(&world, &mut own, [first, second], [&theirs, &mine], mapped);
-        drop(own);
-        world.tear_down();
-    });
-}
-
 /// What must hold when both have ended.
-fn judge<F: SpteFormat>(
+fn judge<F: Modelled>(
     world: &World<F>,
-    hand: &mut Hand<F>,
+    vcpus: &mut [Vcpu<F>; 2],
+    state: State,
     ops: [Op; 2],
-    seen: [&Seen; 2],
-    mapped: bool,
+    seen: [Seen; 2],
 ) {
-    world.check(&mut hand.actor);
-    let walk = world.mmu.lookup(&mut hand.actor, 0, GFN);
-    let leaf = walk.last().map(|(_, spte)| *spte).filter(|spte| spte.is_leaf(Level::L1));
     let config = world.mmu.config();
-    if let Some(leaf) = leaf {
-        assert_eq!(leaf.pfn(), world.vm.host().page(), "maps a page that was taken away");
+    let leaf = world.leaf(GFN).map(|(leaf, _)| leaf);
+    for vcpu in vcpus.iter_mut().filter(|vcpu| !vcpu.root_is_current()) {
+        // Entries of an invalid root are nobody's; what is left of it is its frame.
+        assert_eq!(leaf, None, "mapped after a zap-all");
+        vcpu.unload_root();
     }
-    let zaps = ops.iter().any(|op| matches!(op, Op::ZapLeaf | Op::ZapRoot));
-    let zapped: Vec<&ZapReport> = seen.iter().filter_map(|seen| seen.zapped.as_ref()).collect();
-    if mapped && !zaps {
+    let [vcpu, _] = vcpus;
+    assert_eq!(world.check(vcpu), [u64::from(leaf.is_some()), 0, 0]);
+
+    let zaps = || seen.iter().filter_map(|seen| seen.zapped);
+    let zapped: u64 = zaps().map(|report| report.pages()).sum();
+    let was = u64::from(state != State::Empty);
+    let installs = zapped + u64::from(leaf.is_some()) - was;
+    let fixed = seen.iter().filter(|seen| seen.fault == Some(FaultOutcome::Fixed)).count();
+    assert!(installs <= u64::try_from(fixed).expect("few"), "mapped by nobody");
+    if was == 1 && zaps().next().is_none() {
         assert!(leaf.is_some(), "nobody took the page away");
     }
-    if seen.iter().any(|seen| seen.cpu_wrote) {
-        let reported = zapped.iter().any(|report| report.dirty > 0);
-        assert!(reported || leaf.is_some_and(|leaf| config.is_dirty(leaf)), "D was lost");
-        let aged = ops.contains(&Op::Age);
-        let young = zapped.iter().any(|report| report.young > 0);
-        let accessed = leaf.is_some_and(|leaf| config.is_accessed(leaf));
-        assert!(young || accessed || aged, "A was lost");
+
+    let wrote = seen.iter().any(|seen| seen.accessed.wrote) || state == State::Used;
+    let dirty = zaps().any(|report| report.dirty > 0) || leaf.is_some_and(|l| config.is_dirty(l));
+    assert!(dirty || !wrote, "a write was lost (I8)");
+    let read = seen.iter().any(|seen| seen.accessed.read) || state == State::Used;
+    let young = zaps().any(|report| report.young > 0)
+        || seen.iter().any(|seen| seen.young > 0)
+        || leaf.is_some_and(|leaf| config.is_accessed(leaf))
+        // Without hardware A/D only a fault tells of an access, and an access without one is not
+        // an access that the tracking could see.
+        || !config.ad_enabled();
+    assert!(young || !read, "an access was lost (I8)");
+    for (op, seen) in ops.iter().zip(&seen) {
+        let restored = *op == Op::Fast && seen.fault == Some(FaultOutcome::Fixed);
+        if restored && ops.iter().filter(|op| matches!(op, Op::Fast | Op::Fault)).count() == 2 {
+            assert!(leaf.is_some_and(|leaf| config.is_writable(leaf)), "W was lost (I8)");
+        }
     }
-    if mapped && zaps {
-        // Unmap and zap-all together took out what was there, once.
-        let pages: u64 = zapped.iter().map(|report| report.pages()).sum();
-        assert!(pages >= 1 || leaf.is_some(), "a mapping vanished unreported");
-    }
+}
+
+fn body<F: Modelled>(ops: [Op; 2], state: State) {
+    let (world, [mut vcpu, mut other], slots) = World::<F>::new();
+    prepare(&world, &mut vcpu, state);
+    let shared = Arc::clone(&world);
+    let thread = thread::spawn(move || {
+        let seen = run(&shared, &mut other, ops[1]);
+        (seen, other)
+    });
+    let mine = run(&world, &mut vcpu, ops[0]);
+    let (theirs, other) = thread.join().expect("no panic");
+    let mut vcpus = [vcpu, other];
+    judge(&world, &mut vcpus, state, ops, [mine, theirs]);
+    world.tear_down(vcpus);
+    drop(slots);
 }
 
 macro_rules! pairs {
-    ($($name:ident: $format:ty, $first:ident, $second:ident, $mapped:expr;)*) => {
+    ($($name:ident: $format:ty, $state:ident, $first:ident, $second:ident;)*) => {
         $(#[test]
         fn $name() {
-            pair::<$format>(stringify!($name), Op::$first, Op::$second, $mapped);
+            explore(concat!("tdp::", stringify!($name)), || {
+                body::<$format>([Op::$first, Op::$second], State::$state);
+            });
         })*
     };
 }
 
 pairs! {
-    fault_against_fault: Legacy, Fault, Fault, false;
-    fault_against_zap_leaf: Legacy, Fault, ZapLeaf, false;
-    fault_against_zap_leaf_of_a_mapped_page: Legacy, Fault, ZapLeaf, true;
-    fault_against_zap_root: Legacy, Fault, ZapRoot, false;
-    fault_against_zap_root_of_a_mapped_page: Legacy, Fault, ZapRoot, true;
-    fault_against_age: Legacy, Fault, Age, true;
-    fault_against_cpu: Legacy, Fault, Cpu, false;
-    fault_against_lookup: Legacy, Fault, Lookup, false;
-    zap_leaf_against_zap_leaf: Legacy, ZapLeaf, ZapLeaf, true;
-    zap_leaf_against_zap_root: Legacy, ZapLeaf, ZapRoot, true;
-    zap_leaf_against_age: Legacy, ZapLeaf, Age, true;
-    zap_leaf_against_cpu: Legacy, ZapLeaf, Cpu, true;
-    zap_leaf_against_lookup: Legacy, ZapLeaf, Lookup, true;
-    zap_root_against_zap_root: Legacy, ZapRoot, ZapRoot, true;
-    zap_root_against_age: Legacy, ZapRoot, Age, true;
-    zap_root_against_cpu: Legacy, ZapRoot, Cpu, true;
-    zap_root_against_lookup: Legacy, ZapRoot, Lookup, true;
-    age_against_age: Legacy, Age, Age, true;
-    age_against_cpu: Legacy, Age, Cpu, true;
-    age_against_lookup: Legacy, Age, Lookup, true;
-    cpu_against_cpu: Legacy, Cpu, Cpu, true;
-    cpu_against_lookup: Legacy, Cpu, Lookup, true;
-    lookup_against_lookup: Legacy, Lookup, Lookup, true;
-    fast_fault_against_fault: Ept, Fast, Fault, true;
-    fast_fault_against_fast_fault: Ept, Fast, Fast, true;
-    fast_fault_against_zap_leaf: Ept, Fast, ZapLeaf, true;
-    fast_fault_against_zap_root: Ept, Fast, ZapRoot, true;
-    fast_fault_against_age: Ept, Fast, Age, true;
-    fast_fault_against_cpu: Ept, Fast, Cpu, true;
-    fast_fault_against_lookup: Ept, Fast, Lookup, true;
+    fault_against_fault: Legacy, Empty, Fault, Fault;
+    fault_against_fast_fault: Legacy, Protected, Fault, Fast;
+    fault_against_fast_fault_of_a_tracked_page: Ept, Tracked, Fault, Fast;
+    fault_against_zap_leaf: Legacy, Empty, Fault, ZapLeaf;
+    fault_against_zap_leaf_of_a_used_page: Legacy, Used, Fault, ZapLeaf;
+    fault_against_zap_root: Legacy, Empty, Fault, ZapRoot;
+    fault_against_zap_root_with_a_used_page: Legacy, Used, Fault, ZapRoot;
+    fault_against_age: Legacy, Empty, Fault, Age;
+    fault_against_age_of_a_protected_page: Legacy, Protected, Fault, Age;
+    fault_against_access: Legacy, Empty, Fault, Access;
+    fault_against_access_to_a_protected_page: Legacy, Protected, Fault, Access;
+    fault_against_lookup: Legacy, Empty, Fault, Lookup;
+
+    fast_fault_against_fast_fault: Legacy, Protected, Fast, Fast;
+    fast_fault_against_fast_fault_of_a_tracked_page: Ept, Tracked, Fast, Fast;
+    fast_fault_against_zap_leaf: Legacy, Protected, Fast, ZapLeaf;
+    fast_fault_against_zap_leaf_of_a_tracked_page: Ept, Tracked, Fast, ZapLeaf;
+    fast_fault_against_zap_root: Legacy, Protected, Fast, ZapRoot;
+    fast_fault_against_zap_root_with_a_tracked_page: Ept, Tracked, Fast, ZapRoot;
+    fast_fault_against_age: Legacy, Protected, Fast, Age;
+    fast_fault_against_age_of_a_tracked_page: Ept, Tracked, Fast, Age;
+    fast_fault_against_access: Legacy, Protected, Fast, Access;
+    fast_fault_against_access_to_a_tracked_page: Ept, Tracked, Fast, Access;
+    fast_fault_against_lookup: Legacy, Protected, Fast, Lookup;
+
+    zap_leaf_against_zap_leaf: Legacy, Used, ZapLeaf, ZapLeaf;
+    zap_leaf_against_zap_root: Legacy, Used, ZapLeaf, ZapRoot;
+    zap_leaf_against_age: Legacy, Used, ZapLeaf, Age;
+    zap_leaf_against_age_without_hardware_bits: Ept, Used, ZapLeaf, Age;
+    zap_leaf_against_access: Legacy, Clean, ZapLeaf, Access;
+    zap_leaf_against_lookup: Legacy, Used, ZapLeaf, Lookup;
+
+    zap_root_against_zap_root: Legacy, Used, ZapRoot, ZapRoot;
+    zap_root_against_age: Legacy, Used, ZapRoot, Age;
+    zap_root_against_access: Legacy, Clean, ZapRoot, Access;
+    zap_root_against_lookup: Legacy, Used, ZapRoot, Lookup;
+
+    age_against_age: Legacy, Used, Age, Age;
+    age_against_age_without_hardware_bits: Ept, Used, Age, Age;
+    age_against_access: Legacy, Clean, Age, Access;
+    age_against_access_to_a_used_page: Legacy, Used, Age, Access;
+    age_against_access_without_hardware_bits: Ept, Used, Age, Access;
+    age_against_lookup: Legacy, Used, Age, Lookup;
+
+    access_against_access: Legacy, Clean, Access, Access;
+    access_against_lookup: Legacy, Clean, Access, Lookup;
+    lookup_against_lookup: Legacy, Used, Lookup, Lookup;
+}
+
+/// Pairs with the locks and sections that ship: a check of the contract by which the others run.
+macro_rules! shipped {
+    ($($name:ident: $bound:literal, $state:ident, $first:ident, $second:ident;)*) => {
+        $(#[test]
+        fn $name() {
+            explore_shipped(concat!("tdp::", stringify!($name)), $bound, || {
+                body::<Legacy>([Op::$first, Op::$second], State::$state);
+            });
+        })*
+    };
+}
+
+shipped! {
+    shipped_locks_fault_against_zap_leaf: 2, Empty, Fault, ZapLeaf;
+    shipped_locks_fault_against_zap_root: 2, Used, Fault, ZapRoot;
+    shipped_locks_zap_leaf_against_zap_leaf: 2, Used, ZapLeaf, ZapLeaf;
+    shipped_locks_zap_leaf_against_zap_root: 2, Used, ZapLeaf, ZapRoot;
 }

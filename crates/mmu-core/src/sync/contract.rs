@@ -2,9 +2,9 @@
 //!
 //! The spin lock, the MMU lock's drain, the epoch and invalidations have exhaustive models of their
 //! own. Where every interleaving of theirs is multiplied by those of an operation on tables,
-//! exploration does not end. There a model calls [`set`], and what is made from then on promises the
-//! same by loom's own mutex: a lock is one, a section holds its participant's, and a drain takes
-//! each participant's in turn, which is to wait for the section that is open.
+//! exploration does not end. There a model calls [`set`], and what is made from then on promises
+//! the same by loom's own mutex: a lock is one, a section holds its participant's, and a drain
+//! takes each participant's in turn, which is to wait for the section that is open.
 
 use core::cell::Cell;
 

@@ -2,61 +2,142 @@
 
 use core::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64 as Plain, Ordering as Std};
+use std::sync::atomic::{AtomicU64 as Count, Ordering as CountOrder};
 
 use loom::sync::Mutex;
 use mmu_core::access::{Access, PfErrorCode};
-use mmu_core::addr::{Gfn, Gpa, Hva, Level, PAGE_SIZE, Pfn};
+use mmu_core::addr::{Gfn, GfnRange, Gpa, Hva, Level, PAGE_SIZE, Pfn};
 use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::flush::{FlushBatch, FlushScope};
 use mmu_core::frame::{Arena, FrameMeta, PageTable, PhysMap};
-use mmu_core::slot::{Memslot, SlotFlags, SlotLimits, SlotRequest};
-use mmu_core::spte::{Capabilities, SpteConfig, SpteFormat};
+use mmu_core::slot::{Memslot, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
+use mmu_core::spte::cell::SpteCell;
+use mmu_core::spte::{Capabilities, Ept, Legacy, Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
-use mmu_core::sync::{AtomicU64, Ordering, relax};
+use mmu_core::sync::{AtomicU64, Ordering, contract, relax};
 use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush};
-use mmu_core::vm::{Actor, VmCore};
+use mmu_core::vm::VmCore;
 use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
 
-/// The page that the models are about.
+/// The page that most models are about, and the other one of its table.
 pub(crate) const GFN: Gfn = Gfn::new(1);
+pub(crate) const NEIGHBOUR: Gfn = Gfn::new(0);
+/// Both, which is what one entry at level 2 maps.
+pub(crate) const BOTH: GfnRange = GfnRange::new(Gfn::new(0), Gfn::new(2));
 
-/// Frames of the page before and after [`ModelHost::replace_page`].
-const PAGES: [u64; 2] = [0x100, 0x200];
+/// gfns of the slot.
+const SLOT_PAGES: u64 = 4;
+/// First host frame of the slot's memory.
+const MEMORY: u64 = 0x100;
+/// Distance to the frame that takes a page's place when the host replaces it.
+const REPLACED: u64 = 0x100;
 
-/// Run every interleaving of `body` and report how many there were.
+pub(crate) type Vcpu<F> = TdpVcpu<F, ModelHost>;
+
+/// Run every interleaving of `body`, locks and sections by their contract.
 pub(crate) fn explore(name: &str, body: impl Fn() + Send + Sync + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = None;
-    builder.max_branches = 100_000;
-    let executions = Arc::new(Plain::new(0));
-    let counted = Arc::clone(&executions);
-    builder.check(move || {
-        counted.fetch_add(1, Std::Relaxed);
-        body();
-    });
-    println!("MODEL tdp_{name} executions={} bound=none", executions.load(Std::Relaxed));
+    run(name, None, true, body);
 }
 
-/// The embedder: an arena, a host page that can change, and the processor's side of flushes.
+/// Run `body` with the locks and sections that ship and at most `bound` preemptions.
+pub(crate) fn explore_shipped(name: &str, bound: usize, body: impl Fn() + Send + Sync + 'static) {
+    run(name, Some(bound), false, body);
+}
+
+fn run(
+    name: &str,
+    bound: Option<usize>,
+    by_contract: bool,
+    body: impl Fn() + Send + Sync + 'static,
+) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = bound;
+    builder.max_branches = 100_000;
+    let executions = Arc::new(Count::new(0));
+    let counted = Arc::clone(&executions);
+    contract::set(by_contract);
+    builder.check(move || {
+        counted.fetch_add(1, CountOrder::Relaxed);
+        body();
+    });
+    let executions = executions.load(CountOrder::Relaxed);
+    let bound = bound.map_or_else(|| "none".to_owned(), |bound| bound.to_string());
+    println!("MODEL {name} executions={executions} bound={bound}");
+}
+
+/// A format with the configuration that models use it in.
+pub(crate) trait Modelled: SpteFormat {
+    fn capabilities() -> Capabilities;
+}
+
+/// The smallest tree with hardware A/D: PAE, three levels.
+impl Modelled for Legacy {
+    fn capabilities() -> Capabilities {
+        Capabilities::pae()
+    }
+}
+
+/// Access tracking, four levels.
+impl Modelled for Ept {
+    fn capabilities() -> Capabilities {
+        Capabilities { accessed_dirty: false, ..Capabilities::ept() }
+    }
+}
+
+/// What the processor has cached: the frame for each gfn of the slot.
+#[derive(Debug, Default)]
+struct Cpu {
+    tlb: [Option<Pfn>; 4],
+    /// It was told to leave, and would have to load a root to come back.
+    out: bool,
+}
+
+/// The embedder: an arena, host pages that can be replaced, and the processor's side of flushes.
 pub(crate) struct ModelHost {
     arena: Arena,
-    /// Times the host replaced the page.
+    /// Bit `n`: the page of gfn `n` was replaced.
     replaced: AtomicU64,
-    /// Held by the processor during an access. Holds: was it told to leave?
-    cpu: Mutex<bool>,
+    /// Host pages are this large.
+    huge: AtomicU64,
+    /// Held during an access, so that who holds it finds the processor between two accesses.
+    cpu: Mutex<Cpu>,
 }
 
 impl ModelHost {
-    /// The host gives another page to the guest.
-    pub(crate) fn replace_page(&self) {
-        self.replaced.fetch_add(1, Ordering::AcqRel);
+    /// The host takes the page away and has another one for the gfn from now on.
+    pub(crate) fn replace(&self, range: GfnRange) {
+        for gfn in range.start.get()..range.end.get() {
+            self.replaced.fetch_or(1 << gfn, Ordering::Relaxed);
+        }
     }
 
-    /// The page that the guest has now.
-    pub(crate) fn page(&self) -> Pfn {
-        let index = usize::from(self.replaced.load(Ordering::Acquire) > 0);
-        Pfn::new(PAGES[index])
+    /// Let host pages be as large as an entry at level 2, or small again.
+    pub(crate) fn set_huge(&self, huge: bool) {
+        self.huge.store(u64::from(huge), Ordering::Relaxed);
+    }
+
+    /// The frame behind `gfn` now. Relaxed: the fault's snapshot alone must order it.
+    pub(crate) fn page(&self, gfn: Gfn) -> Pfn {
+        let replaced = self.replaced.load(Ordering::Relaxed) >> gfn.get() & 1;
+        Pfn::new(MEMORY + replaced * REPLACED + gfn.get())
+    }
+
+    /// Does the processor still have a page of `range` that the host took away?
+    pub(crate) fn is_stale(&self, range: GfnRange) -> bool {
+        let cpu = self.cpu.lock().expect("no panic");
+        (range.start.get()..range.end.get())
+            .map(Gfn::new)
+            .any(|gfn| cpu.tlb[gfn.index_in_slot()].is_some_and(|cached| cached != self.page(gfn)))
+    }
+}
+
+trait InSlot {
+    fn index_in_slot(self) -> usize;
+}
+
+impl InSlot for Gfn {
+    fn index_in_slot(self) -> usize {
+        usize::try_from(self.get()).expect("few")
     }
 }
 
@@ -80,23 +161,37 @@ unsafe impl PhysMap for ModelHost {
 }
 
 impl TlbFlush for ModelHost {
-    type Ticket = FlushScope;
+    type Ticket = (FlushScope, Vec<GfnRange>);
 
-    fn request(&self, batch: &FlushBatch<'_>) -> FlushScope {
-        batch.scope
+    fn request(&self, batch: &FlushBatch<'_>) -> Self::Ticket {
+        (batch.scope, batch.ranges.to_vec())
     }
 
-    fn wait(&self, scope: FlushScope) {
-        // The processor is between two accesses when this is ours.
-        let mut out = self.cpu.lock().expect("no panic");
-        *out |= scope == FlushScope::Reload;
+    fn wait(&self, (scope, ranges): Self::Ticket) {
+        let mut cpu = self.cpu.lock().expect("no panic");
+        let all = scope == FlushScope::Reload;
+        cpu.out |= all;
+        for (gfn, cached) in (0..).map(Gfn::new).zip(&mut cpu.tlb) {
+            if all || ranges.iter().any(|range| range.contains(gfn)) {
+                *cached = None;
+            }
+        }
     }
 }
 
 impl PfnResolver for ModelHost {
-    fn resolve(&self, _: &Memslot, _: Gfn, _: Access) -> Result<HostPage, ResolveError> {
-        Ok(HostPage { pfn: self.page(), writable: true, level: Level::L1 })
+    fn resolve(&self, _: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {
+        let level = if self.huge.load(Ordering::Relaxed) == 1 { Level::L2 } else { Level::L1 };
+        Ok(HostPage { pfn: self.page(gfn), writable: true, level })
     }
+}
+
+/// What one access by the processor came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Accessed {
+    /// It read, or wrote.
+    pub(crate) read: bool,
+    pub(crate) wrote: bool,
 }
 
 /// A VM with one slot and one root.
@@ -106,117 +201,150 @@ pub(crate) struct World<F: SpteFormat> {
     root: Pfn,
 }
 
-impl<F: SpteFormat> World<F> {
-    /// The smallest tree the format has; A/D bits by hardware but for EPT, which is access-tracked.
-    pub(crate) fn new() -> Self {
-        let capabilities = match F::NAME {
-            name if name == mmu_core::spte::Ept::NAME => {
-                Capabilities { accessed_dirty: false, ..Capabilities::ept() }
-            }
-            _ => Capabilities::pae(),
-        };
-        let config = SpteConfig::<F>::new(capabilities).expect("a baseline");
+impl<F: Modelled> World<F> {
+    /// With two vCPUs on one root, ready to fault without taking a lock of the pool, and the right
+    /// to change the slot.
+    pub(crate) fn new() -> (Arc<Self>, [Vcpu<F>; 2], SlotWriter) {
+        let config = SpteConfig::<F>::new(F::capabilities()).expect("a baseline");
         let host = ModelHost {
-            arena: Arena::with_capacity(24, Pfn::new(1)).expect("memory"),
+            arena: Arena::with_capacity(14, Pfn::new(1)).expect("memory"),
             replaced: AtomicU64::new(0),
-            cpu: Mutex::new(false),
+            huge: AtomicU64::new(0),
+            cpu: Mutex::new(Cpu::default()),
         };
         let limits = SlotLimits::new(1, config.max_gfn_exclusive());
-        let (vm, mut slots) = VmCore::new(host, 5, limits, relax).expect("memory");
+        let (vm, mut slots) = VmCore::new(host, 2, limits, relax).expect("memory");
         let mmu = TdpMmu::new(Arc::clone(&vm), config, TdpOptions::default());
-        let mut actor = vm.actor().expect("room");
-        let request = SlotRequest {
-            as_id: 0,
-            id: 0,
-            base: Gpa::new(0),
-            bytes: 4 * PAGE_SIZE,
-            hva: Hva::new(0x10_0000),
-            flags: SlotFlags::empty(),
-        };
-        let _ = mmu.set_slot(&mut slots, &mut actor, &request).expect("a good request");
-        let mut vcpu = TdpVcpu::new(&mmu, 0).expect("room");
-        let root = vcpu.load_root().expect("frames");
-        drop(vcpu);
-        Self { vm, mmu, root }
+        let mut vcpus = [(); 2].map(|()| TdpVcpu::new(&mmu, 0).expect("room"));
+        let request = slot(SLOT_PAGES);
+        let _ = mmu.set_slot(&mut slots, vcpus[0].actor(), &request).expect("a good request");
+        let mut root = Pfn::new(0);
+        for vcpu in &mut vcpus {
+            root = vcpu.load_root().expect("frames");
+            vcpu.actor().top_up(5).expect("frames");
+            // From here on by the thread's copy of the slot.
+            let _ = vcpu.actor().find_slot(0, GFN);
+        }
+        (Arc::new(Self { vm, mmu, root }), vcpus, slots)
     }
 
-    /// A vCPU on the root, its frame cache full, so that a fault takes no pool lock.
-    pub(crate) fn vcpu(&self) -> TdpVcpu<F, ModelHost> {
-        let mut vcpu = TdpVcpu::new(&self.mmu, 0).expect("room");
-        vcpu.load_root().expect("the root exists");
-        vcpu.actor().top_up(5).expect("frames");
-        let _ = vcpu.actor().find_slot(0, GFN);
-        vcpu
-    }
-
-    /// Map the page, then clear A and D (or track it), as a harvest and an aging pass would.
-    pub(crate) fn map_clean(&self, vcpu: &mut TdpVcpu<F, ModelHost>) {
-        let fault = PageFault::new(GFN.address(), PfErrorCode::WRITE);
-        assert_eq!(vcpu.fault(&fault), Ok(FaultOutcome::Fixed));
-        let (cell, spte) = self.leaf().expect("just mapped");
-        let config = self.mmu.config();
-        let clean = if config.ad_enabled() { config.clear_dirty(spte) } else { spte };
-        cell.try_change(spte, config.age(clean)).expect("alone");
-    }
-
-    /// The leaf's cell as a page walker finds it: through the frames, asking nobody.
-    fn leaf(&self) -> Option<(&mmu_core::spte::cell::SpteCell, mmu_core::spte::Spte)> {
+    /// The entry for `gfn` as a page walker finds it: from the root, asking nobody. Not present
+    /// entries end the walk too.
+    fn walk(&self, gfn: Gfn) -> (&SpteCell, Spte, Level) {
         let mut table = self.vm.pool().owned_table(self.root);
         let mut level = self.mmu.config().levels();
         loop {
-            let cell = table.cell(GFN, level);
+            let cell = table.cell(gfn, level);
             let spte = cell.load();
-            if !self.mmu.config().is_hw_present(spte) && !spte.is_leaf(level) {
-                return None;
-            }
-            if spte.is_leaf(level) {
-                return Some((cell, spte));
-            }
+            let Some(below) = level.down().filter(|_| spte.is_table(level)) else {
+                return (cell, spte, level);
+            };
             table = self.vm.pool().owned_table(spte.pfn());
-            level = level.down()?;
+            level = below;
         }
     }
 
-    /// The processor writes to the page: did it get through?
-    pub(crate) fn cpu_write(&self) -> bool {
-        let out = self.vm.host().cpu.lock().expect("no panic");
-        if *out {
-            return false;
+    /// The leaf for `gfn` when nothing runs.
+    pub(crate) fn leaf(&self, gfn: Gfn) -> Option<(Spte, Level)> {
+        let (_, spte, level) = self.walk(gfn);
+        spte.is_leaf(level).then_some((spte, level))
+    }
+
+    /// Change the leaf for `gfn` when nothing runs, as a harvest or an aging pass would have.
+    pub(crate) fn adjust(&self, gfn: Gfn, change: impl FnOnce(Spte) -> Spte) {
+        let (cell, spte, level) = self.walk(gfn);
+        assert!(spte.is_leaf(level));
+        cell.try_change(spte, change(spte)).expect("alone");
+    }
+
+    /// The processor has the present mappings of `range` in its TLB.
+    pub(crate) fn fill_tlb(&self, range: GfnRange) {
+        let mut cpu = self.vm.host().cpu.lock().expect("no panic");
+        for gfn in (range.start.get()..range.end.get()).map(Gfn::new) {
+            cpu.tlb[gfn.index_in_slot()] = self.leaf(gfn).map(|leaf| frame(leaf, gfn));
         }
+    }
+
+    /// The processor writes to `gfn`; where it may not, it reads.
+    pub(crate) fn access(&self, gfn: Gfn) -> Accessed {
+        let mut cpu = self.vm.host().cpu.lock().expect("no panic");
         let config = self.mmu.config();
-        // As often as somebody changes the entry between its read and its update.
-        while let Some((cell, spte)) = self.leaf() {
-            if !config.permits(spte, Access::WRITE) {
-                return false;
+        // One turn more for each change of the entry between its read and its update.
+        while !cpu.out {
+            let (cell, spte, level) = self.walk(gfn);
+            if !spte.is_leaf(level) || !config.is_hw_present(spte) {
+                break;
             }
-            if !config.ad_enabled() {
-                return false;
-            }
-            let after = spte.with(F::ACCESSED | F::DIRTY);
+            let wrote = config.permits(spte, Access::WRITE);
+            let bits = if wrote { F::ACCESSED | F::DIRTY } else { F::ACCESSED };
+            let after = if config.ad_enabled() { spte.with(bits) } else { spte };
             if spte == after || cell.try_change(spte, after).is_ok() {
-                return true;
+                cpu.tlb[gfn.index_in_slot()] = Some(frame((after, level), gfn));
+                return Accessed { read: true, wrote };
             }
         }
-        false
+        Accessed::default()
     }
 
-    /// The tree is sound and the gauges say what stands in it.
-    pub(crate) fn check(&self, actor: &mut Actor<ModelHost>) {
-        let tree = self.mmu.check(actor).expect("sound");
+    /// The tree is sound, the gauges say what stands in it, and the processor has nothing that
+    /// should be gone. Returns the leaves by level.
+    pub(crate) fn check(&self, vcpu: &mut Vcpu<F>) -> [u64; 3] {
+        let tree = self.mmu.check(vcpu.actor()).expect("sound");
         let stats = self.vm.stats();
-        assert_eq!(tree.leaves[0], stats.get(Counter::Pages4K));
-        assert_eq!(tree.tables, stats.get(Counter::Tables));
+        let gauges = [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G];
+        assert_eq!(tree.leaves, gauges.map(|gauge| stats.get(gauge)), "leaves (I24)");
+        assert_eq!(tree.tables, stats.get(Counter::Tables), "tables (I24)");
+        assert_eq!(stats.get(Counter::FlushOwed), stats.get(Counter::FlushPaid), "debts");
+        assert_eq!(self.vm.notify().in_progress(), 0);
+        for gfn in (0..SLOT_PAGES).map(Gfn::new) {
+            if let Some(leaf) = self.leaf(gfn) {
+                assert_eq!(frame(leaf, gfn), self.vm.host().page(gfn), "taken away (I11)");
+            }
+        }
+        tree.leaves
     }
 
     /// Give everything back; nothing may be left.
-    pub(crate) fn tear_down(&self) {
-        let mut actor = self.vm.actor().expect("room");
-        let _ = self.mmu.destroy(&mut actor);
-        drop(actor);
+    pub(crate) fn tear_down(&self, vcpus: [Vcpu<F>; 2]) {
+        let [mut last, other] = vcpus;
+        drop(other);
+        last.unload_root();
+        let _ = self.mmu.destroy(last.actor());
+        drop(last);
         self.vm.pool().poll();
-        assert_eq!(self.vm.pool().poll(), 0, "frames still wait");
-        assert_eq!(self.vm.pool().frames_in_use(), 0, "frames leaked");
-        let stats = self.vm.stats();
-        assert_eq!(stats.get(Counter::FlushOwed), stats.get(Counter::FlushPaid));
+        assert_eq!(self.vm.pool().poll(), 0, "no section is open, so nothing waits");
+        assert_eq!(self.vm.pool().frames_in_use(), 0, "frames lost");
+        assert_eq!(self.vm.stats().get(Counter::Tables), 0);
     }
+}
+
+/// The frame that a leaf has for `gfn`.
+pub(crate) fn frame((leaf, level): (Spte, Level), gfn: Gfn) -> Pfn {
+    Pfn::new(leaf.pfn().get() + gfn.get() % level.pages())
+}
+
+/// The request for the slot with that many pages; 0 deletes it.
+pub(crate) fn slot(pages: u64) -> SlotRequest {
+    SlotRequest {
+        as_id: 0,
+        id: 0,
+        base: Gpa::new(0),
+        bytes: pages * PAGE_SIZE,
+        hva: Hva::new(MEMORY * PAGE_SIZE),
+        flags: SlotFlags::empty(),
+    }
+}
+
+/// A write fault on `gfn` that maps at most a page of `level`.
+pub(crate) fn write_fault(gfn: Gfn, level: Level, present: bool) -> PageFault {
+    let code = if present { PfErrorCode::PRESENT } else { PfErrorCode::empty() };
+    PageFault::new(gfn.address(), PfErrorCode::WRITE | code).at_most(level)
+}
+
+/// Handle a fault; it must come to one of the outcomes that a race may have.
+pub(crate) fn take_fault<F: SpteFormat>(vcpu: &mut Vcpu<F>, fault: &PageFault) -> FaultOutcome {
+    let outcome = vcpu.fault(fault).expect("memory and a page are there");
+    let known = [FaultOutcome::Fixed, FaultOutcome::Spurious, FaultOutcome::Retry];
+    assert!(known.contains(&outcome), "{outcome:?}");
+    outcome
 }
