@@ -191,9 +191,14 @@ pub fn both<A: Send, B: Send>(
     one: impl Fn(&mut A) + Sync,
     two: impl Fn(&mut B) + Sync,
 ) -> Overlap {
-    let ready = AtomicUsize::new(0);
+    let (here, ready) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let timed = |cpu: usize, job: &mut dyn FnMut()| {
         pin(cpu);
+        // The other thread starts out on this CPU: it must be let go before anybody spins.
+        here.fetch_add(1, Ordering::SeqCst);
+        while here.load(Ordering::SeqCst) < 2 {
+            std::thread::yield_now();
+        }
         ready.fetch_add(1, Ordering::SeqCst);
         while ready.load(Ordering::SeqCst) < 2 {
             std::hint::spin_loop();

@@ -64,6 +64,7 @@ fn rows(bench: &mut Bench, row: &'static str, work: impl Fn(&mut Vcpu, u64) + Sy
     let reps = bench.reps();
     // The same machine minutes ago is no baseline: one thread alone, in turn with the two.
     let (mut alone, mut values, mut tried) = (Vec::new(), Vec::new(), 0);
+    let (mut overlap, mut cpu) = (0.0_f64, 0.0_f64);
     while values.len() < reps && tried < 8 * reps {
         bench.progress(&format!("{row}: {} of {reps}, {tried} tried", values.len()));
         tried += 1;
@@ -78,13 +79,20 @@ fn rows(bench: &mut Bench, row: &'static str, work: impl Fn(&mut Vcpu, u64) + Sy
             let (one, two) = (|v: &mut &mut Vcpu| work(v, 0), |v: &mut Vcpu| work(v, 1));
             both(bench.ns_per_tick, &mut &mut vm.vcpu, &mut second, one, two)
         };
+        overlap = overlap.max(run.overlap);
+        cpu = cpu.max(run.cpu);
         if tried > 1 && run.is_valid() {
             alone.push(once / pages as f64);
             values.push(run.wall / pages as f64);
         }
     }
     if values.is_empty() {
-        let why = format!("none of {tried} repetitions had both threads running side by side");
+        let why = format!(
+            "none of {tried} repetitions had both threads running side by side \
+             (best overlap {:.0} %, best share of a CPU {:.0} %): is the machine busy?",
+            overlap * 100.0,
+            cpu * 100.0
+        );
         return bench.skip(row, why);
     }
     alone.sort_by(f64::total_cmp);

@@ -138,15 +138,6 @@ fn exclusive_waits_for_shared_and_keeps_it_out() {
 }
 
 #[test]
-fn two_shared_sections_and_an_exclusive_one_exclude_each_other() {
-    holders(
-        "lock::shared_shared_against_exclusive",
-        &[Role::Exclusive],
-        &[&[Role::Shared], &[Role::Shared]],
-    );
-}
-
-#[test]
 fn exclusive_keeps_exclusive_out() {
     holders("lock::exclusive_against_exclusive", &[Role::Exclusive], &[&[Role::Exclusive]]);
 }

@@ -8,6 +8,7 @@ pub(crate) fn explore(name: &str, body: impl Fn() + Send + Sync + 'static) {
     explore_up_to(name, None, body);
 }
 
+#[allow(dead_code, reason = "not every file has a bounded model")]
 /// The same with at most `bound` preemptions, for a model that docs/loom_models.txt lists so.
 pub(crate) fn explore_up_to(
     name: &str,

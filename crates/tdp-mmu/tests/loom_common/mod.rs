@@ -1,10 +1,9 @@
 //! What the models share: running one, a small VM, and a processor that walks its tables.
 
 use core::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64 as Count, Ordering as CountOrder};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-use loom::sync::Mutex;
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Hva, Level, PAGE_SIZE, Pfn};
 use mmu_core::fault::{FaultOutcome, PageFault};
@@ -14,7 +13,7 @@ use mmu_core::slot::{Memslot, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Capabilities, Ept, Legacy, Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
-use mmu_core::sync::{AtomicU64, Ordering, contract, relax};
+use mmu_core::sync::{contract, relax};
 use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush};
 use mmu_core::vm::VmCore;
 use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
@@ -39,6 +38,11 @@ pub(crate) fn explore(name: &str, body: impl Fn() + Send + Sync + 'static) {
     run(name, None, true, body);
 }
 
+/// The same with at most `bound` preemptions, for a model that would not end.
+pub(crate) fn explore_up_to(name: &str, bound: usize, body: impl Fn() + Send + Sync + 'static) {
+    run(name, Some(bound), true, body);
+}
+
 /// Run `body` with the locks and sections that ship and at most `bound` preemptions.
 pub(crate) fn explore_shipped(name: &str, bound: usize, body: impl Fn() + Send + Sync + 'static) {
     run(name, Some(bound), false, body);
@@ -53,14 +57,14 @@ fn run(
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = bound;
     builder.max_branches = 100_000;
-    let executions = Arc::new(Count::new(0));
+    let executions = Arc::new(AtomicU64::new(0));
     let counted = Arc::clone(&executions);
     contract::set(by_contract);
     builder.check(move || {
-        counted.fetch_add(1, CountOrder::Relaxed);
+        counted.fetch_add(1, Ordering::Relaxed);
         body();
     });
-    let executions = executions.load(CountOrder::Relaxed);
+    let executions = executions.load(Ordering::Relaxed);
     let bound = bound.map_or_else(|| "none".to_owned(), |bound| bound.to_string());
     println!("MODEL {name} executions={executions} bound={bound}");
 }
@@ -93,13 +97,19 @@ struct Cpu {
 }
 
 /// The embedder: an arena, host pages that can be replaced, and the processor's side of flushes.
+///
+/// Its state is not modelled: each use of it follows an operation of the MMU that is, and whose
+/// order with the others' decides.
 pub(crate) struct ModelHost {
     arena: Arena,
     /// Bit `n`: the page of gfn `n` was replaced.
     replaced: AtomicU64,
-    /// Host pages are this large.
-    huge: AtomicU64,
-    /// Held during an access, so that who holds it finds the processor between two accesses.
+    /// Host pages are as large as an entry at level 2.
+    huge: AtomicBool,
+    /// Held during an access: who holds it finds the processor between two accesses.
+    accessing: loom::sync::Mutex<()>,
+    /// Does any thread access memory? If not, nobody need wait for it.
+    runs: AtomicBool,
     cpu: Mutex<Cpu>,
 }
 
@@ -113,10 +123,15 @@ impl ModelHost {
 
     /// Let host pages be as large as an entry at level 2, or small again.
     pub(crate) fn set_huge(&self, huge: bool) {
-        self.huge.store(u64::from(huge), Ordering::Relaxed);
+        self.huge.store(huge, Ordering::Relaxed);
     }
 
-    /// The frame behind `gfn` now. Relaxed: the fault's snapshot alone must order it.
+    /// One of the threads will be the processor.
+    pub(crate) fn run_cpu(&self) {
+        self.runs.store(true, Ordering::Relaxed);
+    }
+
+    /// The frame behind `gfn` now.
     pub(crate) fn page(&self, gfn: Gfn) -> Pfn {
         let replaced = self.replaced.load(Ordering::Relaxed) >> gfn.get() & 1;
         Pfn::new(MEMORY + replaced * REPLACED + gfn.get())
@@ -168,6 +183,7 @@ impl TlbFlush for ModelHost {
     }
 
     fn wait(&self, (scope, ranges): Self::Ticket) {
+        let between = self.runs.load(Ordering::Relaxed).then(|| self.accessing.lock());
         let mut cpu = self.cpu.lock().expect("no panic");
         let all = scope == FlushScope::Reload;
         cpu.out |= all;
@@ -176,12 +192,14 @@ impl TlbFlush for ModelHost {
                 *cached = None;
             }
         }
+        drop(cpu);
+        drop(between);
     }
 }
 
 impl PfnResolver for ModelHost {
     fn resolve(&self, _: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {
-        let level = if self.huge.load(Ordering::Relaxed) == 1 { Level::L2 } else { Level::L1 };
+        let level = if self.huge.load(Ordering::Relaxed) { Level::L2 } else { Level::L1 };
         Ok(HostPage { pfn: self.page(gfn), writable: true, level })
     }
 }
@@ -209,7 +227,9 @@ impl<F: Modelled> World<F> {
         let host = ModelHost {
             arena: Arena::with_capacity(14, Pfn::new(1)).expect("memory"),
             replaced: AtomicU64::new(0),
-            huge: AtomicU64::new(0),
+            huge: AtomicBool::new(false),
+            accessing: loom::sync::Mutex::new(()),
+            runs: AtomicBool::new(false),
             cpu: Mutex::new(Cpu::default()),
         };
         let limits = SlotLimits::new(1, config.max_gfn_exclusive());
@@ -267,10 +287,11 @@ impl<F: Modelled> World<F> {
 
     /// The processor writes to `gfn`; where it may not, it reads.
     pub(crate) fn access(&self, gfn: Gfn) -> Accessed {
-        let mut cpu = self.vm.host().cpu.lock().expect("no panic");
+        let host = self.vm.host();
+        let _accessing = host.accessing.lock().expect("no panic");
         let config = self.mmu.config();
         // One turn more for each change of the entry between its read and its update.
-        while !cpu.out {
+        while !host.cpu.lock().expect("no panic").out {
             let (cell, spte, level) = self.walk(gfn);
             if !spte.is_leaf(level) || !config.is_hw_present(spte) {
                 break;
@@ -279,7 +300,8 @@ impl<F: Modelled> World<F> {
             let bits = if wrote { F::ACCESSED | F::DIRTY } else { F::ACCESSED };
             let after = if config.ad_enabled() { spte.with(bits) } else { spte };
             if spte == after || cell.try_change(spte, after).is_ok() {
-                cpu.tlb[gfn.index_in_slot()] = Some(frame((after, level), gfn));
+                let cached = Some(frame((after, level), gfn));
+                host.cpu.lock().expect("no panic").tlb[gfn.index_in_slot()] = cached;
                 return Accessed { read: true, wrote };
             }
         }
