@@ -73,9 +73,9 @@ fn on_every_format(check: impl Fn(&str, Flushes, u64, u64)) {
     ) {
         let config = SpteConfig::<F>::new(capabilities).expect("a baseline");
         for flushes in [Flushes::Paid, Flushes::Forgotten] {
-            let (vmm, mut vcpu) = boot(config.clone(), walks.clone(), flushes);
+            let (vmm, mut vcpu) = boot(config.clone(), walks, flushes);
             let faults = faults_after_unmap(&vmm, &mut vcpu);
-            let (vmm, mut vcpu) = boot(config.clone(), walks.clone(), flushes);
+            let (vmm, mut vcpu) = boot(config.clone(), walks, flushes);
             let young = young_after_precise_pass(&vmm, &mut vcpu);
             check(F::NAME, flushes, faults, young);
         }

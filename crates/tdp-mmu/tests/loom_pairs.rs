@@ -1,11 +1,12 @@
-//! Every pair of {fault, fast fault, zap leaf, zap root, age, processor, lookup}, every interleaving:
-//! the shipped code on tables of two entries, one gfn, and whatever the two operations do to it.
+//! Every pair of {fault, fast fault, zap leaf, zap root, age, processor, lookup}, every
+//! interleaving: the shipped code on tables of two entries, one gfn, and whatever the two
+//! operations do to it.
 //!
 //! Locks and sections are there by their contract; they have exhaustive models of their own. The
 //! processor is a thread that walks the live tables and sets A and D by compare-exchange; a flush
 //! waits until it is between two accesses and empties its TLB, a reload keeps it out. When the two
-//! have ended: the tree passes `check`, the gauges equal a recount, no A, D or mapping is lost, no page
-//! that was taken away is mapped or cached, and teardown leaves no frame in use.
+//! have ended: the tree passes `check`, the gauges equal a recount, no A, D or mapping is lost, no
+//! page that was taken away is mapped or cached, and teardown leaves no frame in use.
 #![cfg(loom)]
 
 mod loom_common;
@@ -30,7 +31,7 @@ const PAGE: GfnRange = GfnRange::from_len(GFN, 1);
 enum Op {
     /// A write fault on a page that is not there.
     Fault,
-    /// A write fault that the fast path fixes: it restores an access-tracked entry, or gives W back.
+    /// A write fault that the fast path fixes: it restores a tracked entry, or gives W back.
     Fast,
     /// The host takes the page away and has another one from then on.
     ZapLeaf,
