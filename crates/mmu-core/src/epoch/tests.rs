@@ -6,6 +6,7 @@ use super::*;
 use crate::spin::SpinLock;
 use crate::sync::relax;
 
+#[expect(clippy::expect_used, reason = "a test helper")]
 fn domain(capacity: usize) -> Arc<EpochDomain> {
     EpochDomain::new(capacity, relax).expect("capacity in range")
 }
@@ -85,14 +86,14 @@ fn a_publication_cut_short_by_a_panic_never_lends_a_buffer_that_is_read() {
     let mut own = domain.register().expect("room");
     let section = reader.pin();
     assert_eq!(*published.read(&section), 1);
-    let cut = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+    let cut = std::panic::catch_unwind(core::panic::AssertUnwindSafe(|| {
         writer.publish_at(&mut own, |swap| {
             swap();
             panic!("the embedder's callback");
         });
     }));
     assert!(cut.is_err());
-    let lent = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| *writer.spare()));
+    let lent = std::panic::catch_unwind(core::panic::AssertUnwindSafe(|| *writer.spare()));
     assert!(lent.is_err(), "the reader still borrows the former buffer");
     drop(section);
     writer.publish(&mut own);
