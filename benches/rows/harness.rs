@@ -225,33 +225,46 @@ pub fn both<A: Send, B: Send>(
     }
 }
 
-/// Run `neighbour` over and over on the second CPU while `work` runs on the first. Returns how
-/// often it ran and for how long.
+/// What a neighbour did meanwhile.
+pub struct Beside {
+    /// Times it ran.
+    pub turns: u64,
+    /// For how long.
+    pub lasted: Duration,
+    /// Share of its time that the less lucky thread had its CPU: below 0.97, the figures are the
+    /// scheduler's.
+    pub cpu: f64,
+}
+
+/// Run `neighbour` over and over on the second CPU while `work` runs on the first.
 pub fn beside<N: Send>(
     neighbour: &mut N,
     again: impl Fn(&mut N) + Sync,
     work: impl FnOnce(),
-) -> (u64, Duration) {
+) -> Beside {
     let (running, stop) = (AtomicBool::new(false), AtomicBool::new(false));
     let turns = AtomicU64::new(0);
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             pin(1);
-            let begun = Instant::now();
+            let (begun, used) = (Instant::now(), cpu_time());
             while !stop.load(Ordering::Relaxed) {
                 again(neighbour);
                 turns.fetch_add(1, Ordering::Relaxed);
                 running.store(true, Ordering::Relaxed);
             }
-            begun.elapsed()
+            let lasted = begun.elapsed();
+            (lasted, (cpu_time() - used) / lasted.as_nanos() as f64)
         });
         while !running.load(Ordering::Relaxed) {
             std::thread::yield_now();
         }
+        let (begun, used) = (Instant::now(), cpu_time());
         work();
+        let own = (cpu_time() - used) / begun.elapsed().as_nanos() as f64;
         stop.store(true, Ordering::Relaxed);
-        let lasted = thread.join().expect("neighbour thread");
-        (turns.load(Ordering::Relaxed), lasted)
+        let (lasted, its) = thread.join().expect("neighbour thread");
+        Beside { turns: turns.load(Ordering::Relaxed), lasted, cpu: own.min(its) }
     })
 }
 

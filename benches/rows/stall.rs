@@ -45,6 +45,7 @@ pub fn aging(bench: &mut Bench, _: &dyn Fn(&str) -> bool) {
     let pages = bench.pages();
     let mut vm = Vm::new(Shape::new(2 * pages));
     let (mut alone, mut with, mut rates) = (Vec::new(), Vec::new(), Vec::new());
+    let mut shares = Vec::new();
     for rep in 0..bench.reps() {
         bench.progress(&format!("{ROW}: {rep} of {}", bench.reps()));
         vm.reset();
@@ -62,15 +63,17 @@ pub fn aging(bench: &mut Bench, _: &dyn Fn(&str) -> bool) {
             entries.fetch_add(seen, std::sync::atomic::Ordering::Relaxed);
         };
         let mut times = Vec::new();
-        let (_, lasted) = beside(&mut ager, again, || {
+        let run = beside(&mut ager, again, || {
             times = timed_faults(&mut vm.vcpu, pages..2 * pages);
         });
         with.push(summary(&mut times, bench.ns_per_tick));
-        rates.push(entries.into_inner() as f64 / lasted.as_nanos() as f64);
+        rates.push(entries.into_inner() as f64 / run.lasted.as_nanos() as f64);
+        shares.push(run.cpu);
     }
     let middle = |all: &[[f64; 3]], which: usize| median(all.iter().map(|r| r[which]).collect());
     let note = format!(
-        "alone {:.1}, p99.99 {:.0} against {:.0} alone, ager {:.2} G entries/s",
+        "{}alone {:.1}, p99.99 {:.0} against {:.0} alone, ager {:.2} G entries/s",
+        busy(shares),
         middle(&alone, 0),
         middle(&with, 1),
         middle(&alone, 1),
@@ -90,6 +93,7 @@ pub fn unmap(bench: &mut Bench, _: &dyn Fn(&str) -> bool) {
     let block = (512 << 20) / 4096 / if bench.quick { 8 } else { 1 };
     let mut vm = Vm::new(Shape::new(pages + block));
     let (mut alone, mut with, mut turns) = (Vec::new(), Vec::new(), 0);
+    let mut shares = Vec::new();
     for rep in 0..bench.reps() {
         bench.progress(&format!("unmap_stall: {rep} of {}", bench.reps()));
         vm.reset();
@@ -105,17 +109,27 @@ pub fn unmap(bench: &mut Bench, _: &dyn Fn(&str) -> bool) {
             assert_eq!(gone.pages(), block);
         };
         let mut times = Vec::new();
-        let (count, _) = beside(&mut other, again, || {
+        let run = beside(&mut other, again, || {
             times = timed_faults(&mut vm.vcpu, 0..pages);
         });
-        turns += count;
+        turns += run.turns;
+        shares.push(run.cpu);
         with.push(summary(&mut times, bench.ns_per_tick));
     }
     for (row, which) in ROWS.into_iter().zip([1, 2]) {
         let noise = median(alone.iter().map(|r| r[which]).collect());
-        let note = format!("alone {noise:.0}; {turns} unmaps");
+        let note = format!("{}alone {noise:.0}; {turns} unmaps", busy(shares.clone()));
         bench.record(row, pages, with.iter().map(|r| r[which]).collect(), note);
     }
+}
+
+/// A warning when the threads did not have their CPUs to themselves.
+fn busy(shares: Vec<f64>) -> String {
+    let share = median(shares);
+    if share > 0.97 {
+        return String::new();
+    }
+    format!("NOT VALID, a thread had {:.0} % of its CPU; ", share * 100.0)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

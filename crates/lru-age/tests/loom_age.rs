@@ -55,9 +55,9 @@ fn table(passes: u64) -> Arc<AgeTable> {
     Arc::new(table)
 }
 
-fn model(name: &str, body: impl Fn() + Sync + Send + 'static) {
+fn model(name: &str, bound: Option<usize>, body: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = None;
+    builder.preemption_bound = bound;
     builder.max_branches = 20_000;
     let executions = StdArc::new(AtomicU64::new(0));
     let counter = StdArc::clone(&executions);
@@ -66,7 +66,8 @@ fn model(name: &str, body: impl Fn() + Sync + Send + 'static) {
         body();
     });
     let executions = executions.load(Ordering::Relaxed);
-    println!("MODEL {name} executions={executions} bound=none");
+    let bound = bound.map_or_else(|| "none".to_owned(), |bound| bound.to_string());
+    println!("MODEL {name} executions={executions} bound={bound}");
     assert!(executions > 5, "the model explores something");
 }
 
@@ -79,7 +80,7 @@ fn a_page_stays_tracked_while_its_block_is_reshaped() {
         ("age_split_against_reader", [Shape::Huge, Shape::Pages]),
     ];
     for (name, shapes) in cases {
-        model(name, move || {
+        model(name, None, move || {
             let table = table(1);
             let [before, during] = shapes;
             drop(look(&table, before));
@@ -98,7 +99,7 @@ fn a_page_stays_tracked_while_its_block_is_reshaped() {
 /// generation took is never read with its old meaning.
 #[test]
 fn a_hot_page_never_looks_old_while_labels_are_reused() {
-    model("age_label_reuse_against_reader", || {
+    model("age_label_reuse_against_reader", Some(2), || {
         // Four generations exist, so the next pass folds and the one after reuses the label.
         let table = table(4);
         let reader = Arc::clone(&table);
@@ -119,7 +120,7 @@ fn a_hot_page_never_looks_old_while_labels_are_reused() {
 /// Tag `age-editor`: two who want to edit never do so at once, and neither loses a change.
 #[test]
 fn editors_hand_the_table_over_whole() {
-    model("age_two_editors", || {
+    model("age_two_editors", None, || {
         let table = table(1);
         let other = Arc::clone(&table);
         let other = thread::spawn(move || {
