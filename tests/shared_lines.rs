@@ -22,7 +22,7 @@ use mmu_core::flush::FlushBatch;
 use mmu_core::frame::{Arena, FrameMeta, PageTable, PhysMap};
 use mmu_core::slot::{Memslot, SlotFlags, SlotLimits, SlotRequest};
 use mmu_core::spte::{Capabilities, Ept, SpteConfig};
-use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush};
+use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush, Trace};
 use mmu_core::vm::VmCore;
 use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
 
@@ -104,6 +104,8 @@ impl TlbFlush for Plain {
 
     fn wait(&self, (): ()) {}
 }
+
+impl Trace for Plain {}
 
 impl PfnResolver for Plain {
     fn resolve(&self, _: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {

@@ -15,7 +15,7 @@ use mmu_core::flush::FlushBatch;
 use mmu_core::frame::{Arena, FrameMeta, PageTable, PhysMap, raw};
 use mmu_core::slot::{Memslot, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::{Capabilities, Ept, Spte, SpteConfig, SpteFormat};
-use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush};
+use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush, Trace};
 use mmu_core::vm::{Actor, VmCore};
 use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
 
@@ -144,6 +144,8 @@ impl TlbFlush for BenchHost {
     #[inline]
     fn wait(&self, (): ()) {}
 }
+
+impl Trace for BenchHost {}
 
 impl PfnResolver for BenchHost {
     #[inline]

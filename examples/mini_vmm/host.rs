@@ -1,6 +1,6 @@
 //! The VMM as the MMU's embedder: frames, flushes with completion, page resolution.
 //!
-//! Owns [`VmmHost`], which implements the three traits an embedder implements, and [`Gates`], the
+//! Owns [`VmmHost`], which implements the traits an embedder implements, and [`Gates`], the
 //! handshake between vCPU threads and a request to reload roots.
 
 use std::ops::Range;
@@ -13,7 +13,7 @@ use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
 use mmu_core::flush::{FlushBatch, FlushScope};
 use mmu_core::frame::{Arena, ArenaError, FrameMeta, PageTable, PhysMap};
 use mmu_core::slot::Memslot;
-use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush};
+use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush, Trace};
 
 use super::machine::{Flush, Layout, Machine, PAGE};
 
@@ -174,6 +174,8 @@ impl TlbFlush for VmmHost {
         }
     }
 }
+
+impl Trace for VmmHost {}
 
 impl PfnResolver for VmmHost {
     #[inline]

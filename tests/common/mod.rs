@@ -28,7 +28,7 @@ use mmu_core::stats::Counter;
 use mmu_core::sync::ENTRIES;
 use mmu_core::traits::{
     AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, CountOnly, HostPage, PfnResolver,
-    ResolveError, TlbFlush,
+    ResolveError, TlbFlush, Trace,
 };
 use mmu_core::vm::{Actor, VmCore};
 use mmu_model::{AccessKind, Format, Mode, PhysMem, SoftCpu, Translation, Walker};
@@ -255,6 +255,8 @@ impl TlbFlush for TestHost {
         }
     }
 }
+
+impl Trace for TestHost {}
 
 impl PfnResolver for TestHost {
     fn resolve(&self, slot: &Memslot, gfn: Gfn, want: Access) -> Result<HostPage, ResolveError> {

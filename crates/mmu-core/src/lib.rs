@@ -38,5 +38,6 @@ pub mod spin;
 pub mod spte;
 pub mod stats;
 pub mod sync;
+pub mod trace;
 pub mod traits;
 pub mod vm;

@@ -1,5 +1,5 @@
-//! What the embedder gives to an MMU ([`TlbFlush`], [`PfnResolver`], together [`Host`]) and what an
-//! MMU gives to its users ([`AgeRange`]).
+//! What the embedder gives to an MMU ([`TlbFlush`], [`PfnResolver`], [`Trace`], together [`Host`])
+//! and what an MMU gives to its users ([`AgeRange`]).
 //!
 //! Frames have a contract of their own in [`crate::frame::PhysMap`], the only unsafe trait.
 
@@ -10,6 +10,7 @@ use crate::addr::{Gfn, GfnRange, Level, Pfn};
 use crate::flush::FlushBatch;
 use crate::frame::PhysMap;
 use crate::slot::Memslot;
+pub use crate::trace::Trace;
 
 /// TLB shootdown with completion.
 ///
@@ -91,9 +92,9 @@ pub trait PfnResolver {
 }
 
 /// Everything an MMU needs from its embedder. Implemented for whatever implements the parts.
-pub trait Host: PhysMap + TlbFlush + PfnResolver + Send + Sync {}
+pub trait Host: PhysMap + TlbFlush + PfnResolver + Trace + Send + Sync {}
 
-impl<T: PhysMap + TlbFlush + PfnResolver + Send + Sync> Host for T {}
+impl<T: PhysMap + TlbFlush + PfnResolver + Trace + Send + Sync> Host for T {}
 
 /// What an aging call does to accessed bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

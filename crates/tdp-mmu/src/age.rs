@@ -7,7 +7,6 @@
 
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::flush::{FlushDebt, FlushScope};
-use mmu_core::frame::PhysMap;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::Counter;
@@ -101,7 +100,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let work = reader.pinned();
             let Some(root) = self.roots().get(index, RootFilter::Valid) else { return report };
             let pool = work.vm.pool();
-            let change = Change { config: self.config(), stats: work.stats };
+            let change = Change { config: self.config(), vm: work.vm, stats: work.stats };
             let iter = TdpIter::resume(pool, &work.section, root.frame, root.role.level(), cursor)
                 .with_encryption(self.config().encryption_mask());
             let done = report.get_or_insert(AgeReport::empty(job.range.end));
@@ -119,17 +118,17 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
 }
 
 /// One section's worth of aging.
-struct Slice<'a, F: SpteFormat, S: AgeSink> {
-    change: Change<'a, F>,
+struct Slice<'a, F: SpteFormat, H: Host, S: AgeSink> {
+    change: Change<'a, F, H>,
     job: Job,
     sink: &'a mut S,
     debt: &'a mut FlushDebt,
     report: &'a mut AgeReport,
 }
 
-impl<F: SpteFormat, S: AgeSink> Slice<'_, F, S> {
+impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
     /// Age until the walk ends (`None`) or the section has lasted long enough.
-    fn run<P: PhysMap>(&mut self, mut iter: TdpIter<'_, P>) -> Option<Cursor> {
+    fn run(&mut self, mut iter: TdpIter<'_, H>) -> Option<Cursor> {
         let mut visited = 0;
         while let Some(step) = iter.next() {
             if visited >= SLICE_ENTRIES {

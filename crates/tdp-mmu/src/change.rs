@@ -9,20 +9,24 @@
 
 use mmu_core::addr::{Gfn, GfnRange, Level, Pfn, to_index};
 use mmu_core::flush::FlushDebt;
-use mmu_core::frame::{PageTable, PhysMap, TablePool};
+use mmu_core::frame::{PageTable, TablePool};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::sync::relax;
+use mmu_core::trace::Event;
+use mmu_core::traits::Host;
+use mmu_core::vm::VmCore;
 
 use arrayvec::ArrayVec;
 
 use crate::zap::ZapReport;
 
 /// A thread's means to change entries.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Change<'a, F: SpteFormat> {
+#[derive(Debug)]
+pub(crate) struct Change<'a, F: SpteFormat, H: Host> {
     pub(crate) config: &'a SpteConfig<F>,
+    pub(crate) vm: &'a VmCore<H>,
     pub(crate) stats: &'a StatsShard,
 }
 
@@ -42,7 +46,21 @@ impl Taken {
     }
 }
 
-impl<F: SpteFormat> Change<'_, F> {
+impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
+    /// Table frames.
+    #[inline(always)]
+    pub(crate) fn pool(&self) -> &'a TablePool<H> {
+        self.vm.pool()
+    }
+
+    /// Tell who wants to know; nothing is put together if nobody does.
+    #[inline(always)]
+    pub(crate) fn trace(&self, event: impl FnOnce() -> Event) {
+        if H::ENABLED {
+            self.vm.host().event(&event());
+        }
+    }
+
     /// Replace `old` by `new` in an entry at `level`.
     ///
     /// # Errors
@@ -120,11 +138,13 @@ impl<F: SpteFormat> Change<'_, F> {
         }
     }
 
-    /// Account for the children that a split made: they were never linked one by one.
-    pub(crate) fn account_split(&self, child_level: Level) {
+    /// Account for the children that a split of the leaf at `gfn` made: they were never linked one
+    /// by one.
+    pub(crate) fn account_split(&self, gfn: Gfn, child_level: Level) {
         let children = mmu_core::addr::to_u64(mmu_core::sync::ENTRIES);
         self.stats.add(Counter::pages(child_level), children);
         self.stats.inc(Counter::Splits);
+        self.trace(|| Event::Split { gfn, level: child_level.up().unwrap_or(Level::MAX_LEAF) });
     }
 
     #[inline]
@@ -241,14 +261,14 @@ impl<F: SpteFormat> Change<'_, F> {
     /// Freeze a table that was just unlinked, and everything under it, so that no fault that is
     /// still inside installs anything; count what was mapped and let `debt` carry the tables to
     /// their grace period (KVM row 3.7). `level` is the table's own.
-    pub(crate) fn remove_table<P: PhysMap>(
+    pub(crate) fn remove_table(
         &self,
-        pool: &TablePool<P>,
         table: Pfn,
         level: Level,
         debt: &mut FlushDebt,
         report: &mut ZapReport,
     ) {
+        let pool = self.pool();
         pool.note_unlinked();
         let mut stack: ArrayVec<(Pfn, Level, usize), 5> = ArrayVec::new();
         stack.push((table, level, 0));

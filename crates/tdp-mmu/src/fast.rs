@@ -88,7 +88,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if flags.contains(SlotFlags::INVALID) {
             return FastPath::Slow;
         }
-        let change = Change { config, stats: work.stats };
+        let change = Change { config, vm: work.vm, stats: work.stats };
         for _ in 0..MAX_TRIES {
             let pool = work.vm.pool();
             let step = self.last_step(pool, &work.section, recent, root, fault.gfn());

@@ -313,7 +313,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let unlinked = vm.pool().unlinked();
         let near = recent.table(fault.gfn, unlinked);
         if let Some((frame, level)) = near.filter(|(_, level)| *level == fault.goal) {
-            let change = Change { config: self.config(), stats };
+            let change = Change { config: self.config(), vm: *vm, stats };
             let table = vm.pool().table(section.epoch(), frame);
             let cell = table.cell(fault.gfn, level);
             let old = cell.load();
@@ -355,7 +355,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     ) -> Result<FaultOutcome, FaultError> {
         let SharedWork { section, cache, vm, stats } = work;
         let vm = *vm;
-        let change = Change { config: self.config(), stats };
+        let change = Change { config: self.config(), vm, stats };
         let pool = vm.pool();
         let epoch = section.epoch();
         let (mut frame, mut level) = (root.frame, root.role.level());
@@ -370,7 +370,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 recent.note(fault.gfn, (frame, level), unlinked);
             }
             if level > fault.goal {
-                if let Some(child) = self.grow(&change, vm, cache, cell, old, fault.gfn, level) {
+                if let Some(child) = self.grow(&change, cache, cell, old, fault.gfn, level) {
                     (frame, level) = (child, level.below());
                     continue;
                 }
@@ -382,7 +382,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 && (fault.prefetch || change.config.permits(old, fault.access))
             {
                 return Ok(FaultOutcome::Spurious);
-            } else if let Some(result) = self.change_leaf(&change, vm, cell, old, fault, debt) {
+            } else if let Some(result) = self.change_leaf(&change, cell, old, fault, debt) {
                 return result;
             }
             if lost == MAX_LOST {
@@ -416,11 +416,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// A table where there is none yet: split the leaf that is there, or link an empty one.
     /// `None` when the race was lost.
     #[inline(never)]
-    #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
     fn grow(
         &self,
-        change: &Change<'_, F>,
-        vm: &mmu_core::vm::VmCore<H>,
+        change: &Change<'_, F, H>,
         cache: &mut MmuCache,
         cell: &SpteCell,
         old: Spte,
@@ -428,18 +426,16 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         level: Level,
     ) -> Option<Pfn> {
         if old.is_mmu_present() {
-            self.split_leaf(change, vm.pool(), cache, cell, old, gfn, level)
+            self.split_leaf(change, cache, cell, old, gfn, level)
         } else {
-            self.link_table(change, vm, cache, cell, old, gfn, level)
+            self.link_table(change, cache, cell, old, gfn, level)
         }
     }
 
     /// Link an empty table under an entry that has none. `None` when the race was lost.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
     fn link_table(
         &self,
-        change: &Change<'_, F>,
-        vm: &mmu_core::vm::VmCore<H>,
+        change: &Change<'_, F, H>,
         cache: &mut MmuCache,
         cell: &SpteCell,
         old: Spte,
@@ -449,10 +445,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let below = level.down()?;
         // top_up provided one for every level.
         let frame = cache.take()?;
-        vm.pool().set_place(frame, gfn.align_down(level), below);
+        change.pool().set_place(frame, gfn.align_down(level), below);
         let new = self.config().table(frame, level);
         if change.set(cell, old, new, level).is_err() {
-            put_back(vm.pool(), cache, frame);
+            put_back(change.pool(), cache, frame);
             return None;
         }
         Some(frame)
@@ -463,8 +459,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[inline(never)]
     fn change_leaf(
         &self,
-        change: &Change<'_, F>,
-        vm: &mmu_core::vm::VmCore<H>,
+        change: &Change<'_, F, H>,
         cell: &SpteCell,
         old: Spte,
         fault: &Wish,
@@ -491,7 +486,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return None;
         }
         if old.is_table(level) {
-            self.replace_table(change, vm, old, fault, debt.get_or_insert_default());
+            self.replace_table(change, old, fault, debt.get_or_insert_default());
         }
         Some(Ok(FaultOutcome::Fixed))
     }
@@ -502,7 +497,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[cold]
     fn remake_leaf(
         &self,
-        change: &Change<'_, F>,
+        change: &Change<'_, F, H>,
         cell: &SpteCell,
         old: Spte,
         wish: &Wish,
@@ -521,8 +516,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[cold]
     fn replace_table(
         &self,
-        change: &Change<'_, F>,
-        vm: &mmu_core::vm::VmCore<H>,
+        change: &Change<'_, F, H>,
         old: Spte,
         fault: &Wish,
         debt: &mut FlushDebt,
@@ -532,7 +526,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let mut gone = ZapReport::default();
         if let Some(below) = fault.goal.down() {
             let table = self.config().pfn(old);
-            change.remove_table(vm.pool(), table, below, debt, &mut gone);
+            change.remove_table(table, below, debt, &mut gone);
         }
     }
 }

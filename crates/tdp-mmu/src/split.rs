@@ -5,7 +5,7 @@
 //! the next attempt carries the bit over to every child.
 
 use mmu_core::addr::{Gfn, Level, Pfn};
-use mmu_core::frame::{MmuCache, TablePool};
+use mmu_core::frame::MmuCache;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::traits::Host;
@@ -17,11 +17,9 @@ use crate::mmu::TdpMmu;
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// Replace the huge leaf `old` at `level` by a table of `ENTRIES` leaves one level lower.
     /// `None` when the entry changed meanwhile (look again) or no frame was topped up.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one section")]
     pub(crate) fn split_leaf(
         &self,
-        change: &Change<'_, F>,
-        pool: &TablePool<H>,
+        change: &Change<'_, F, H>,
         cache: &mut MmuCache,
         cell: &SpteCell,
         old: Spte,
@@ -30,6 +28,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     ) -> Option<Pfn> {
         let below = level.down()?;
         let frame = cache.take()?;
+        let pool = change.pool();
         let table = pool.owned_table(frame);
         change.fill_split(table, old, level);
         pool.set_place(frame, gfn.align_down(level), below);
@@ -39,7 +38,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             put_back(pool, cache, frame);
             return None;
         }
-        change.account_split(below);
+        change.account_split(gfn.align_down(level), below);
         Some(frame)
     }
 }

@@ -11,7 +11,7 @@
 
 use mmu_core::addr::{GfnRange, Level};
 use mmu_core::flush::{FlushDebt, FlushScope};
-use mmu_core::frame::{PageTable, PhysMap};
+use mmu_core::frame::PageTable;
 use mmu_core::notify::Invalidation;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
@@ -175,7 +175,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let work = actor.shared();
             // Invalid roots too: a vCPU may still run on one (KVM row 3.34).
             let Some(root) = self.roots().get(index, RootFilter::InUse) else { return };
-            let change = Change { config: self.config(), stats: work.stats };
+            let change = Change { config: self.config(), vm: work.vm, stats: work.stats };
             let pool = work.vm.pool();
             let section = work.section.epoch();
             let iter = TdpIter::resume(pool, section, root.frame, root.role.level(), cursor)
@@ -190,9 +190,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
 }
 
 /// Zap until the walk ends (`None`) or a slice is full.
-fn zap_slice<F: SpteFormat, P: PhysMap>(
-    change: &Change<'_, F>,
-    mut iter: TdpIter<'_, P>,
+fn zap_slice<F: SpteFormat, H: Host>(
+    change: &Change<'_, F, H>,
+    mut iter: TdpIter<'_, H>,
     range: GfnRange,
     debt: &mut FlushDebt,
     report: &mut ZapReport,
@@ -222,8 +222,8 @@ fn zap_slice<F: SpteFormat, P: PhysMap>(
 }
 
 /// Zap the leaves of a level-1 table that are inside the walk's range.
-fn zap_table<F: SpteFormat>(
-    change: &Change<'_, F>,
+fn zap_table<F: SpteFormat, H: Host>(
+    change: &Change<'_, F, H>,
     table: &LeafTable<'_>,
     debt: &mut FlushDebt,
     report: &mut ZapReport,
@@ -243,8 +243,8 @@ fn zap_table<F: SpteFormat>(
 }
 
 #[inline]
-fn zap_step<F: SpteFormat>(
-    change: &Change<'_, F>,
+fn zap_step<F: SpteFormat, H: Host>(
+    change: &Change<'_, F, H>,
     step: &Step<'_>,
     debt: &mut FlushDebt,
     report: &mut ZapReport,

@@ -13,7 +13,7 @@ use mmu_core::spte::{Capabilities, Ept, SpteConfig};
 use mmu_core::stats::Counter;
 use mmu_core::sync::relax;
 use mmu_core::traits::{
-    AgeMode, AgeRange, AgeRequest, CountOnly, HostPage, PfnResolver, ResolveError, TlbFlush,
+    AgeMode, AgeRange, AgeRequest, CountOnly, HostPage, PfnResolver, ResolveError, TlbFlush, Trace,
 };
 use mmu_core::vm::VmCore;
 use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
@@ -83,6 +83,8 @@ impl TlbFlush for Host {
 
     fn wait(&self, (): ()) {}
 }
+
+impl Trace for Host {}
 
 impl PfnResolver for Host {
     fn resolve(&self, slot: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {

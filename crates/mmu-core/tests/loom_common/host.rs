@@ -7,7 +7,7 @@ use mmu_core::addr::{Gfn, Level, Pfn};
 use mmu_core::flush::FlushBatch;
 use mmu_core::frame::{Arena, FrameMeta, PageTable, PhysMap};
 use mmu_core::slot::Memslot;
-use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush};
+use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush, Trace};
 
 pub(crate) struct ModelHost(Arena);
 
@@ -43,6 +43,8 @@ impl TlbFlush for ModelHost {
 
     fn wait(&self, (): ()) {}
 }
+
+impl Trace for ModelHost {}
 
 impl PfnResolver for ModelHost {
     fn resolve(&self, _: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {

@@ -14,7 +14,7 @@ use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Capabilities, Ept, Legacy, Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
 use mmu_core::sync::{contract, relax};
-use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush};
+use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush, Trace};
 use mmu_core::vm::VmCore;
 use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
 
@@ -196,6 +196,8 @@ impl TlbFlush for ModelHost {
         drop(between);
     }
 }
+
+impl Trace for ModelHost {}
 
 impl PfnResolver for ModelHost {
     fn resolve(&self, _: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {
