@@ -103,10 +103,12 @@ fn files() -> Vec<(String, String)> {
         entries.sort();
         for path in entries {
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            // `.git` is a file in a linked work tree.
+            if SKIPPED.contains(&name.as_str()) {
+                continue;
+            }
             if path.is_dir() {
-                if !SKIPPED.contains(&name.as_str()) {
-                    walk(&path, found);
-                }
+                walk(&path, found);
             } else if let Ok(text) = fs::read_to_string(&path) {
                 let relative = path.strip_prefix(root()).unwrap();
                 found.push((relative.to_string_lossy().replace('\\', "/"), text));
