@@ -24,6 +24,7 @@ extern crate std;
 pub mod access;
 pub mod addr;
 pub mod check;
+pub mod dirty;
 #[expect(unsafe_code, reason = "publish.rs borrows the live buffer; see its head")]
 pub mod epoch;
 pub mod fault;
