@@ -23,6 +23,7 @@ extern crate std;
 
 pub mod access;
 pub mod addr;
+pub mod attributes;
 pub mod check;
 pub mod dirty;
 #[expect(unsafe_code, reason = "publish.rs borrows the live buffer; see its head")]
