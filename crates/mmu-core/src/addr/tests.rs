@@ -1,5 +1,7 @@
 //! Addresses and levels: shifts, ranges and the edges of the number line.
 
+use alloc::vec::Vec;
+
 use super::*;
 
 #[test]
@@ -53,4 +55,19 @@ fn lengths_stop_at_the_end_of_the_number_line() {
     let range = GfnRange::from_len(Gfn::new(u64::MAX - 1), 5);
     assert_eq!(range.end, Gfn::new(u64::MAX));
     assert_eq!(Gfn::new(u64::MAX).checked_add(1), None);
+}
+
+/// KVM rows 6.2 and B45.
+#[test]
+fn a_masked_index_is_itself_inside_and_zero_outside() {
+    let edges: Vec<u64> = (0..64)
+        .flat_map(|bit| [(1 << bit) - 1, 1 << bit, (1 << bit) + 1])
+        .chain([u64::MAX - 1, u64::MAX])
+        .collect();
+    for &length in edges.iter().filter(|length| **length <= 1 << 63) {
+        for &index in &edges {
+            let want = if index < length { index } else { 0 };
+            assert_eq!(mask_index(index, length), want, "index {index:#x} of {length:#x}");
+        }
+    }
 }

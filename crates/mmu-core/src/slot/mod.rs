@@ -24,7 +24,7 @@ pub use snapshot::{GENERATION_UPDATING, GfnToHvaError, MAX_ADDRESS_SPACES, Memsl
 pub use table::{SlotTable, SlotWriter};
 
 use crate::access::Access;
-use crate::addr::{Gfn, GfnRange, Hva, PAGE_SHIFT, PAGE_SIZE};
+use crate::addr::{Gfn, GfnRange, Hva, PAGE_SHIFT, PAGE_SIZE, mask_index};
 
 bitflags! {
     /// Properties of a slot. The values that callers may give equal those of the KVM interface, so
@@ -124,10 +124,8 @@ impl Memslot {
         if !self.contains(gfn) {
             return None;
         }
-        // Opaque to the compiler, which would else drop the mask because of the check above.
-        let offset = core::hint::black_box(gfn.distance_from(self.base_gfn));
-        let mask = u64::from(offset < self.npages).wrapping_neg();
-        let bytes = (offset & mask).checked_mul(PAGE_SIZE)?;
+        let offset = mask_index(gfn.distance_from(self.base_gfn), self.npages);
+        let bytes = offset.checked_mul(PAGE_SIZE)?;
         self.hva.checked_add(bytes)
     }
 

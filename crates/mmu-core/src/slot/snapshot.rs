@@ -177,7 +177,7 @@ impl Memslots {
     #[must_use]
     pub fn find(&self, as_id: u16, gfn: Gfn) -> Option<&Memslot> {
         let space = self.space(as_id)?;
-        space.slots().get(space.position(gfn)?)
+        space.get(space.position(gfn)?)
     }
 
     /// The same as [`find`](Self::find), trying first the place where a former lookup ended, and
@@ -187,12 +187,12 @@ impl Memslots {
     #[must_use]
     pub fn find_from_hint(&self, as_id: u16, gfn: Gfn, hint: &mut usize) -> Option<&Memslot> {
         let space = self.space(as_id)?;
-        if let Some(slot) = space.slots().get(*hint).filter(|slot| slot.contains(gfn)) {
+        if let Some(slot) = space.get(*hint).filter(|slot| slot.contains(gfn)) {
             return Some(slot);
         }
         let at = space.position(gfn)?;
         *hint = at;
-        space.slots().get(at)
+        space.get(at)
     }
 
     /// The slot with a number.
