@@ -9,7 +9,7 @@ use core::fmt;
 use core::marker::PhantomData;
 
 use super::bits::{self, FRAME, bit, range, when};
-use super::format::{AdType, MMIO_GEN_HIGH, MMIO_GEN_LOW, PAGE_SIZE, SpteFormat};
+use super::format::{AdType, MMIO_GEN_HIGH, MMIO_GEN_LOW, PAGE_SIZE, SUPPRESS_VE, SpteFormat};
 use super::memtype::MemType;
 use super::reserved::{ReservedBits, ReservedParams};
 use super::{Spte, SpteKind};
@@ -194,7 +194,8 @@ pub enum ConfigError {
         max_phys_bits: u8,
     },
     /// The MMIO pattern uses bits that it may not, or that hold the gfn, the access or the
-    /// generation, or it matches an entry that is not MMIO.
+    /// generation, or it matches an entry that is not MMIO, or leaves open whether the guest gets
+    /// #VE.
     Mmio {
         /// Bits that are set.
         value: u64,
@@ -497,6 +498,10 @@ fn mmio_pattern<F: SpteFormat>(
     let gfn = range(bits::number(caps.max_phys_bits) - 1, PAGE_SHIFT);
     let taken = gfn | l1tf | l1tf << L1TF_BITS | F::MMIO_ACCESS | MMIO_GEN_LOW | MMIO_GEN_HIGH;
     let collision = (mask & (taken | !F::MMIO_ALLOWED)) | (value & !mask);
+    // The guest gets #VE only if the pattern says so in words (KVM row 1.3).
+    let exits =
+        mask & SUPPRESS_VE != 0 || mask == 0 || value & F::HW_PRESENT == F::WRITABLE | F::EXEC;
+    let collision = collision | when(!exits, F::PRESENT & SUPPRESS_VE);
     let matches_other =
         Spte::EMPTY.raw() & mask == value || Spte::FROZEN.raw() & mask == value || mask == 0;
     if collision != 0 || matches_other {

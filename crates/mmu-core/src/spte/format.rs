@@ -46,6 +46,9 @@ pub type Fields = &'static [(&'static str, u64)];
 pub const PAGE_SIZE: u64 = bit(7);
 /// Bits 61:60: how this entry tracks A and D (KVM row 1.5).
 pub const AD_TYPE: u64 = range(61, 60);
+/// Bit 63 of an EPT entry: an access that it refuses exits, and is not reported to the guest as a
+/// virtualization exception (#VE).
+pub const SUPPRESS_VE: u64 = bit(63);
 /// log2 of the lowest bit of [`AD_TYPE`].
 pub const AD_TYPE_SHIFT: u32 = 60;
 /// Low half of the MMIO generation: its bits 6:0 (KVM row 1.37).
@@ -186,7 +189,7 @@ impl SpteFormat for Ept {
     const NAME: &'static str = "EPT";
     const MIN_LEVELS: u8 = 4;
 
-    const PRESENT: u64 = bit(63);
+    const PRESENT: u64 = SUPPRESS_VE;
     const READ: u64 = bit(0);
     const WRITABLE: u64 = bit(1);
     const EXEC: u64 = bit(2);

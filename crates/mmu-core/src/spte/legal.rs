@@ -177,6 +177,12 @@ pub enum IllegalChange {
         /// The bits at fault.
         bits: u64,
     },
+    /// An access through the new entry could be reported to the guest instead of exiting: its
+    /// suppress-#VE bit is clear, and it is no MMIO entry that was configured so (KVM row 1.3).
+    ViolationException {
+        /// The new value.
+        new: Spte,
+    },
     /// The new entry has bits that its class does not use.
     Stray {
         /// The new value.
@@ -245,6 +251,7 @@ impl fmt::Display for IllegalChange {
             Self::OldCorrupt { old } => write!(f, "old {old:?} is corrupt"),
             Self::NewCorrupt { new } => write!(f, "new {new:?} is corrupt"),
             Self::Reserved { new, bits } => write!(f, "{new:?} has reserved bits {bits:#x}"),
+            Self::ViolationException { new } => write!(f, "{new:?} may raise #VE in the guest"),
             Self::Stray { new, bits } => write!(f, "{new:?} has stray bits {bits:#x}"),
             Self::Missing { new, bits } => write!(f, "{new:?} lacks bits {bits:#x}"),
             Self::AdType { new, expected: Some(expected) } => {
@@ -275,6 +282,7 @@ impl<F: SpteFormat> SpteConfig<F> {
     /// - [`Level`](IllegalChange::Level): the tree has no such level.
     /// - [`OldCorrupt`](IllegalChange::OldCorrupt), [`NewCorrupt`](IllegalChange::NewCorrupt): a
     ///   value of no class.
+    /// - [`ViolationException`](IllegalChange::ViolationException): `new` would go to the guest.
     /// - [`Reserved`](IllegalChange::Reserved), [`Stray`](IllegalChange::Stray),
     ///   [`Missing`](IllegalChange::Missing), [`AdType`](IllegalChange::AdType),
     ///   [`Writable`](IllegalChange::Writable), [`NoAccess`](IllegalChange::NoAccess): `new` is not
@@ -294,6 +302,9 @@ impl<F: SpteFormat> SpteConfig<F> {
         }
         let was = self.kind(old, level);
         let is = self.kind(new, level);
+        if self.may_raise_ve(new) && !(is == Mmio && self.mmio_raises_ve()) {
+            return Err(IllegalChange::ViolationException { new });
+        }
         match is {
             Empty | Frozen => {}
             Corrupt => return Err(IllegalChange::NewCorrupt { new }),

@@ -6,7 +6,7 @@
 
 use super::bits::{FRAME, lowest, number, range, when};
 use super::config::{L1TF_BITS, MmioValue};
-use super::format::{MMIO_GEN_HIGH, MMIO_GEN_LOW, SpteFormat};
+use super::format::{MMIO_GEN_HIGH, MMIO_GEN_LOW, SUPPRESS_VE, SpteFormat};
 use super::{Spte, SpteConfig};
 use crate::access::Access;
 use crate::addr::{Gfn, Gpa, PAGE_SHIFT};
@@ -130,6 +130,19 @@ impl<F: SpteFormat> SpteConfig<F> {
         match self.mmio_generation(spte) {
             Some(stored) => {
                 generation & MMIO_GEN_IN_PROGRESS == 0 && stored == generation & GEN_MASK
+            }
+            None => false,
+        }
+    }
+
+    /// Was a pattern asked for by which the guest handles its MMIO accesses itself, as #VE (KVM
+    /// row 1.41)? Such a pattern says that suppress-#VE is clear.
+    #[inline]
+    #[must_use]
+    pub const fn mmio_raises_ve(&self) -> bool {
+        match self.mmio {
+            Some(MmioValue { value, mask }) => {
+                mask & SUPPRESS_VE != 0 && self.may_raise_ve(Spte::from_raw(value))
             }
             None => false,
         }

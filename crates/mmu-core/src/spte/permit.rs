@@ -4,7 +4,7 @@
 //! rows 1.10 to 1.12). Pure and cheap: each is a few mask operations.
 
 use super::bits::when;
-use super::format::SpteFormat;
+use super::format::{SUPPRESS_VE, SpteFormat};
 use super::{Spte, SpteConfig};
 use crate::access::Access;
 use crate::addr::Level;
@@ -16,6 +16,18 @@ impl<F: SpteFormat> SpteConfig<F> {
     #[must_use]
     pub const fn is_hw_present(&self, spte: Spte) -> bool {
         spte.is_mmu_present() && self.reserved.is_hw_present(spte.raw())
+    }
+
+    /// Could hardware report an access through the entry to the guest, as a virtualization
+    /// exception, where the MMU expects an exit? True if suppress-#VE is clear, except in the
+    /// pattern W+X, which is a misconfiguration and exits whatever bit 63 says (KVM row 1.3).
+    #[doc(alias = "is_ept_ve_possible")]
+    #[inline]
+    #[must_use]
+    pub const fn may_raise_ve(&self, spte: Spte) -> bool {
+        F::PRESENT & SUPPRESS_VE != 0
+            && !spte.has(SUPPRESS_VE)
+            && spte.raw() & F::HW_PRESENT != F::WRITABLE | F::EXEC
     }
 
     /// Does hardware allow an access that needs all of `needed`? An access-tracked entry permits

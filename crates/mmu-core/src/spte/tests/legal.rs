@@ -297,7 +297,13 @@ fn refusals_carry_the_values_at_fault() {
             Spte::EMPTY,
             small.without(1 << 63),
             Level::L1,
-            I::Missing { new: small.without(1 << 63), bits: 1 << 63 },
+            I::ViolationException { new: small.without(1 << 63) },
+        ),
+        (
+            Spte::EMPTY,
+            tables.0.without(1 << 10),
+            Level::L2,
+            I::Missing { new: tables.0.without(1 << 10), bits: 1 << 10 },
         ),
         (
             Spte::EMPTY,
@@ -317,4 +323,64 @@ fn refusals_carry_the_values_at_fault() {
         assert_eq!(config.change_kind(old, new, level), Err(want));
         assert!(!alloc::format!("{want}").is_empty());
     }
+}
+
+/// Every value of the low and the high twelve bits of an EPT entry, with a frame and without.
+fn each_flag_value(mut visit: impl FnMut(u64)) {
+    for flags in 0..1u64 << 24 {
+        let raw = flags & 0xfff | flags >> 12 << 52;
+        visit(raw);
+        visit(raw | 0x1_4000_0000);
+    }
+}
+
+/// KVM row 1.3: whatever a funnel that asks the table stores, hardware does not hand an access to
+/// the guest as #VE; the pattern W+X is a misconfiguration, which exits.
+#[test]
+#[cfg_attr(miri, ignore = "exhaustive arithmetic without unsafe; too slow")]
+fn nothing_that_may_be_stored_raises_a_violation_exception() {
+    let exits = |raw: u64| model::is(raw, 63) || raw & 7 == 6;
+    let mut stored = [0u64; 2];
+    for caps in [Capabilities::ept(), Capabilities { accessed_dirty: false, ..Capabilities::ept() }]
+    {
+        let config = config::<Ept>(caps);
+        each_flag_value(|raw| {
+            let new = Spte::from_raw(raw);
+            assert_eq!(config.may_raise_ve(new), !exits(raw), "{raw:#x}");
+            for level in [Level::L1, Level::L2] {
+                for old in [Spte::EMPTY, Spte::FROZEN] {
+                    if config.change_kind(old, new, level).is_ok() {
+                        assert!(exits(raw), "{old:?} to {raw:#x} at {level:?}");
+                        stored[usize::from(model::is(raw, 63))] += 1;
+                    }
+                }
+            }
+        });
+    }
+    assert!(stored.iter().all(|count| *count > 100), "both patterns: {stored:?}");
+    // Where there is no such bit, bit 63 is something else.
+    assert!(!config::<Npt>(Capabilities::npt()).may_raise_ve(Spte::from_raw(0)));
+}
+
+/// KVM row 1.41: a pattern that clears the bit on purpose is stored; one that leaves it open is no
+/// configuration.
+#[test]
+fn only_a_pattern_that_says_so_gives_the_guest_its_mmio_accesses() {
+    let with = |value, mask| Capabilities {
+        mmio_value: Some(MmioValue { value, mask }),
+        ..Capabilities::ept()
+    };
+    let asked = config::<Ept>(with(0, 1 << 63 | 7));
+    let spte = asked.mmio(Gfn::new(0x10), Access::ALL, 3).unwrap_or(Spte::EMPTY);
+    assert!(asked.mmio_raises_ve() && asked.may_raise_ve(spte));
+    assert_eq!(asked.change_kind(Spte::EMPTY, spte, Level::L1), Ok(ChangeKind::MapMmio));
+    let usual = config::<Ept>(Capabilities::ept());
+    assert!(!usual.mmio_raises_ve());
+    let refused = usual.change_kind(Spte::EMPTY, spte, Level::L1);
+    assert_eq!(refused, Err(IllegalChange::ViolationException { new: spte }));
+    assert_eq!(
+        SpteConfig::<Ept>::new(with(2, 7)).err(),
+        Some(ConfigError::Mmio { value: 2, mask: 7, bits: 1 << 63 })
+    );
+    assert!(SpteConfig::<Ept>::new(with(6, 7)).is_ok(), "W+X exits in any case");
 }
