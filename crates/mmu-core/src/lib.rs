@@ -23,6 +23,7 @@ extern crate std;
 
 pub mod access;
 pub mod addr;
+pub mod async_page;
 pub mod attributes;
 pub mod check;
 pub mod dirty;
@@ -32,6 +33,7 @@ pub mod fault;
 pub mod flush;
 #[expect(unsafe_code, reason = "raw.rs and arena.rs follow pointers; see their heads")]
 pub mod frame;
+pub mod gfn_cache;
 pub mod lock;
 pub mod notify;
 pub mod role;
