@@ -1,19 +1,22 @@
-//! A value that readers see through a pin while one writer replaces it.
+//! Values that appear while readers look: replaced under a pin, or set once.
 //!
 //! Owns [`Published`]: two buffers and the index of the live one. Readers borrow the live buffer
 //! for as long as their pin; the writer changes the other one, publishes it and waits for a grace
 //! period before it may touch the buffer that was live. No allocation happens at publication.
+//! And [`SetOnce`]: a place that is filled at most once and never changes again, so that reading it
+//! needs no pin.
 //!
 //! UNSAFETY: this file, `frame/raw.rs` and `frame/arena.rs` are the only ones that use `unsafe`.
 //! Here it is the shared borrow of a buffer that a writer will borrow mutably later; the epoch
-//! keeps the two apart.
+//! keeps the two apart. And the one write to a place that nobody may read before it is over; a
+//! state word keeps those apart.
 
 use alloc::sync::Arc;
 use core::fmt;
 
 use super::{EpochDomain, EpochGuard, Participant};
 use crate::addr::to_index;
-use crate::sync::{AtomicU64, Ordering, load_own};
+use crate::sync::{AtomicU64, Ordering, load_own, relax};
 
 #[cfg(not(loom))]
 use core::cell::UnsafeCell;
@@ -178,5 +181,92 @@ impl<T> Writer<T> {
 impl<T> fmt::Debug for Writer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Writer").finish_non_exhaustive()
+    }
+}
+
+/// Nobody has set it.
+const EMPTY: u64 = 0;
+/// Somebody is moving a value in.
+const FILLING: u64 = 1;
+/// The value is there for good.
+const FULL: u64 = 2;
+
+/// A place for a value that comes later, once, from whichever thread needs it first.
+///
+/// Having a reference out of it tells you: the value stays where it is, unchanged, as long as the
+/// place lives.
+pub struct SetOnce<T> {
+    state: AtomicU64,
+    value: UnsafeCell<Option<T>>,
+}
+
+// SAFETY: readers on any thread get `&T` (needs `T: Sync`) of a value that another thread may have
+// moved in (needs `T: Send`). The one write happens while `FILLING`, when nobody reads.
+unsafe impl<T: Send + Sync> Sync for SetOnce<T> {}
+
+impl<T> SetOnce<T> {
+    /// An empty place.
+    #[must_use]
+    pub fn new() -> Self {
+        Self { state: AtomicU64::new(EMPTY), value: UnsafeCell::new(None) }
+    }
+
+    /// The value, once it is there.
+    #[inline]
+    #[must_use]
+    pub fn get(&self) -> Option<&T> {
+        // ORDERING[set-once]: Acquire. Pairs with the Release in `get_or_set`: the value is
+        // complete.
+        if self.state.load(Ordering::Acquire) != FULL {
+            return None;
+        }
+        let pointer = pointer_to(&self.value);
+        // SAFETY: shared borrow of the value.
+        //   - valid: it is a field of `self`, which outlives the borrow.
+        //   - no `&mut`: the only write comes before `FULL`, and `FULL` is the last state.
+        let value = unsafe { &*pointer };
+        value.as_ref()
+    }
+
+    /// The value: what is there, or else `value`, which is dropped if somebody else was first.
+    ///
+    /// Waits for another thread that is moving its value in at this moment: some instructions,
+    /// unless that thread is preempted.
+    pub fn get_or_set(&self, value: T) -> &T {
+        // ORDERING[set-once]: Relaxed. Decides who writes; nobody has written before.
+        let claim =
+            self.state.compare_exchange(EMPTY, FILLING, Ordering::Relaxed, Ordering::Relaxed);
+        if claim.is_ok() {
+            #[cfg(not(loom))]
+            let pointer = self.value.get();
+            #[cfg(loom)]
+            let pointer = self.value.with_mut(|pointer| pointer);
+            // SAFETY: the one write.
+            //   - no reader: `get` reads only after `FULL`, which is stored below.
+            //   - no other writer: of all exchanges of `EMPTY` one succeeds, and nothing stores
+            //     `EMPTY` again.
+            let place = unsafe { &mut *pointer };
+            *place = Some(value);
+            // ORDERING[set-once]: Release. Pairs with the Acquire in `get`.
+            self.state.store(FULL, Ordering::Release);
+        }
+        loop {
+            if let Some(value) = self.get() {
+                return value;
+            }
+            relax();
+        }
+    }
+}
+
+impl<T> Default for SetOnce<T> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for SetOnce<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("SetOnce").field(&self.get()).finish()
     }
 }

@@ -14,6 +14,7 @@ mod rules;
 mod snapshot;
 mod space;
 pub mod table;
+pub mod track;
 
 use bitflags::bitflags;
 
@@ -22,6 +23,7 @@ pub use request::{SlotError, SlotRequest};
 pub use rules::{MAX_SLOT_PAGES, SlotChange, SlotLimits, plan};
 pub use snapshot::{GENERATION_UPDATING, GfnToHvaError, MAX_ADDRESS_SPACES, Memslots};
 pub use table::{SlotTable, SlotWriter};
+pub use track::{PageTrack, TrackError};
 
 use crate::access::Access;
 use crate::addr::{Gfn, GfnRange, Hva, PAGE_SHIFT, PAGE_SIZE, mask_index};

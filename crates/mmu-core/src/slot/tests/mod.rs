@@ -7,6 +7,7 @@ mod lookup;
 mod model;
 mod publish;
 mod rules;
+mod track;
 
 use super::*;
 use crate::addr::{Gpa, Level};
