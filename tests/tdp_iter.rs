@@ -11,7 +11,7 @@ use mmu_core::frame::TablePool;
 use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Capabilities, Ept, Legacy, Npt};
 use mmu_model::{AccessKind, Random};
-use tdp_mmu::{Cursor, TdpIter};
+use tdp_mmu::{Cursor, PostOrder, Step, TdpIter};
 
 /// Gfn, level, value.
 type Visit = (u64, u8, u64);
@@ -276,4 +276,92 @@ fn impossible_ranges_give_empty_walks() {
     }
     drop(work);
     guest.finish();
+}
+
+/// Children first, found without thinking; `enter` says below which entries there is anything.
+fn naive_below(
+    pool: &TablePool<TestHost>,
+    section: &EpochGuard<'_>,
+    (table, level, base): (Pfn, Level, u64),
+    wanted: GfnRange,
+    (parents_first, enter): (bool, &dyn Fn(Visit) -> bool),
+    found: &mut Vec<Visit>,
+) {
+    for (index, cell) in pool.table(section, table).entries().iter().enumerate() {
+        let gfn = base + index as u64 * level.pages();
+        if gfn + level.pages() <= wanted.start.get() || gfn >= wanted.end.get() {
+            continue;
+        }
+        let spte = cell.load();
+        let visit = (gfn, level.number(), spte.raw());
+        if parents_first {
+            found.push(visit);
+        }
+        if let Some(below) = level.down().filter(|_| spte.is_table(level) && enter(visit)) {
+            let child = (spte.pfn(), below, gfn);
+            naive_below(pool, section, child, wanted, (parents_first, enter), found);
+        }
+        if !parents_first {
+            found.push(visit);
+        }
+    }
+}
+
+fn visit(step: &Step<'_>) -> Visit {
+    (step.gfn.get(), step.level.number(), step.spte.raw())
+}
+
+/// Row 2.16.
+#[test]
+fn what_is_below_an_entry_can_be_left_out_and_nothing_else_is() {
+    for seed in 0..30 {
+        let mut random = Random::new(seed);
+        let (mut guest, root, top) = random_tree::<Ept>(Capabilities::ept(), &mut random);
+        let wanted = random_range(&mut random);
+        let salt = random.next_u64();
+        // Any choice that depends on the place alone.
+        let enter = |(gfn, level, _): Visit| {
+            (gfn ^ u64::from(level) ^ salt).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 62 != 0
+        };
+        let work = guest.actor.pinned();
+        let pool = work.vm.pool();
+        let mut expected = Vec::new();
+        let whole = (root, top, 0);
+        naive_below(pool, &work.section, whole, wanted, (true, &enter), &mut expected);
+        let mut iter = TdpIter::new(pool, &work.section, root, top, Cursor::new(wanted, Level::L1));
+        // Before the first step there is nothing to leave out.
+        iter.skip_subtree();
+        let mut found = Vec::new();
+        while let Some(step) = iter.next() {
+            found.push(visit(&step));
+            if !enter(visit(&step)) {
+                iter.skip_subtree();
+            }
+        }
+        assert_eq!(found, expected, "seed {seed}, {wanted:?}");
+        assert!(iter.cursor().is_done());
+        drop(work);
+        guest.finish();
+    }
+}
+
+/// Row 2.16.
+#[test]
+fn a_post_order_walk_visits_children_before_their_parents() {
+    for seed in 0..30 {
+        let mut random = Random::new(seed);
+        let (mut guest, root, top) = random_tree::<Npt>(Capabilities::npt(), &mut random);
+        let wanted = random_range(&mut random);
+        let work = guest.actor.pinned();
+        let pool = work.vm.pool();
+        let mut expected = Vec::new();
+        let whole = (root, top, 0);
+        naive_below(pool, &work.section, whole, wanted, (false, &|_| true), &mut expected);
+        let cursor = Cursor::new(wanted, Level::L1);
+        let iter = TdpIter::new(pool, &work.section, root, top, cursor);
+        let found: Vec<Visit> = PostOrder::new(iter).map(|step| visit(&step)).collect();
+        assert_eq!(found, expected, "seed {seed}, {wanted:?}");
+        drop(work);
+        guest.finish();
+    }
 }

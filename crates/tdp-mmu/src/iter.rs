@@ -82,6 +82,8 @@ pub struct TdpIter<'g, P: PhysMap> {
     /// Current entry's first gfn.
     gfn: Gfn,
     started: bool,
+    /// The walk does not enter what is below the current entry.
+    skip: bool,
     cursor: Cursor,
 }
 
@@ -111,6 +113,7 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
             level: root_level,
             gfn: cursor.next.align_down(root_level),
             started: false,
+            skip: false,
             cursor: Cursor { end, min_level, ..cursor },
         }
     }
@@ -147,6 +150,13 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
             return Err(self);
         }
         Ok(Cursor { yielded: Some(self.cursor.next), ..self.cursor })
+    }
+
+    /// Leave out everything below the current entry: the next step is the one after it in its own
+    /// table, or in one above (KVM row 2.16). Does nothing before the first step.
+    #[inline]
+    pub const fn skip_subtree(&mut self) {
+        self.skip = self.started;
     }
 
     /// Where the walk is heading: every entry for gfns before this has been visited.
@@ -239,7 +249,8 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
     }
 
     fn advance(&mut self) -> bool {
-        if self.try_down() {
+        let skip = core::mem::take(&mut self.skip);
+        if !skip && self.try_down() {
             return true;
         }
         // At most five levels to climb.
