@@ -50,6 +50,9 @@ pub type Resolve = dyn Fn(&Memslot, Gfn, Access) -> Result<HostPage, ResolveErro
 /// Called by a wait for a flush.
 pub type Hook = dyn Fn(&Batch) + Send + Sync;
 
+/// Called by a lookup of a table, with its frame.
+pub type TableHook = dyn Fn(Pfn) + Send + Sync;
+
 /// A flush that was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
@@ -92,6 +95,9 @@ pub struct TestHost {
     fail_until: AtomicU64,
     /// Tables looked up: what an operation costs.
     lookups: AtomicU64,
+    /// Called at each lookup, by whoever makes it, while `watched`.
+    on_table: RwLock<Option<Arc<TableHook>>>,
+    watched: AtomicBool,
 }
 
 /// The page at the slot's host address, writable, in blocks of `level`.
@@ -117,6 +123,8 @@ impl TestHost {
             fail_from: AtomicU64::new(u64::MAX),
             fail_until: AtomicU64::new(u64::MAX),
             lookups: AtomicU64::new(0),
+            on_table: RwLock::default(),
+            watched: AtomicBool::new(false),
         }
     }
 
@@ -142,6 +150,12 @@ impl TestHost {
 
     pub fn before_flush(&self, hook: Option<Arc<Hook>>) {
         *self.before_flush.write().unwrap() = hook;
+    }
+
+    /// Call `hook` whenever a table is looked up: between two steps of an operation.
+    pub fn on_table(&self, hook: Option<Arc<TableHook>>) {
+        self.watched.store(hook.is_some(), Ordering::Release);
+        *self.on_table.write().unwrap() = hook;
     }
 
     pub fn delay_flushes(&self, delay: Duration) {
@@ -207,6 +221,13 @@ unsafe impl PhysMap for TestHost {
 
     fn table(&self, frame: Pfn) -> NonNull<PageTable> {
         self.lookups.fetch_add(1, Ordering::Relaxed);
+        if self.watched.load(Ordering::Acquire) {
+            // Not called under the lock: it waits for others who come here too.
+            let hook = self.on_table.read().unwrap().clone();
+            if let Some(hook) = hook {
+                hook(frame);
+            }
+        }
         self.arena.table(frame)
     }
 

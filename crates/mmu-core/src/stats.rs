@@ -196,6 +196,20 @@ impl fmt::Debug for Stats {
 mod tests {
     use super::*;
 
+    /// KVM row B50: neither what is owed nor what is paid loses its upper half on the way.
+    #[test]
+    fn counters_and_debts_have_all_their_64_bits() {
+        let many = (1 << 40) | 7;
+        let stats = Stats::new(2).expect("memory");
+        stats.shard(0).add(Counter::FlushOwed, many);
+        stats.shard(1).inc(Counter::FlushOwed);
+        assert_eq!(stats.get(Counter::FlushOwed), many + 1);
+        let mut debt = crate::flush::FlushDebt::new();
+        debt.owe_many(crate::addr::GfnRange::from_len(crate::addr::Gfn::new(3), 1), many);
+        assert_eq!(debt.changes(), many);
+        assert_eq!(debt.settle().1, many);
+    }
+
     #[test]
     fn gauges_moved_between_shards_are_right_in_the_sum() {
         let stats = Stats::new(2).expect("memory");

@@ -1,0 +1,345 @@
+//! Scenes for single rows of the KVM table, each of which needs a moment that is hard to meet: a
+//! table being taken apart while somebody uses it (3.7), a walk that gives way with a debt of
+//! another root (B29), entries that look like what they are not (B58, B60).
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+
+use common::{BASE, DATA, G1, Guest, M2, Shape, gpa, linear, no_ad, range, request};
+use mmu_core::access::{Access, PfErrorCode};
+use mmu_core::addr::{Gfn, Level, Pfn};
+use mmu_core::fault::{FaultOutcome, PageFault};
+use mmu_core::slot::{SlotFlags, SlotRequest};
+use mmu_core::spte::{Capabilities, Ept, Legacy, Npt, Spte, SpteKind};
+use mmu_core::stats::Counter;
+use mmu_core::traits::HostPage;
+use mmu_model::{AccessKind, Caches, PhysMem, SoftCpu};
+use tdp_mmu::TdpVcpu;
+
+use AccessKind::{Read, Write};
+
+/// The frame of the level-1 table for `gfn`.
+fn table_of(guest: &mut Guest<Ept>, gfn: u64) -> Pfn {
+    let walk = guest.mmu.lookup(&mut guest.actor, 0, Gfn::new(gfn));
+    walk[walk.len() - 2].1.pfn()
+}
+
+fn write(gfn: u64) -> PageFault {
+    PageFault::new(gpa(gfn), PfErrorCode::WRITE)
+}
+
+/// Writable entries with D clear, as the fast path leaves them: the pages `0..count` of a block of
+/// 2 MiB in a slot that was logged.
+fn clean_and_writable(count: u64) -> Guest<Ept> {
+    let mut guest = Guest::<Ept>::new(Capabilities::ept());
+    let log = |flags| SlotRequest { ..request(0, BASE, 4 * M2, DATA, flags) };
+    let _ = guest.set_slot(&log(SlotFlags::LOG_DIRTY)).unwrap();
+    guest.map(BASE..BASE + count, Read, Level::L1);
+    let _ = guest.set_slot(&log(SlotFlags::empty())).unwrap();
+    guest.map(BASE..BASE + count, Write, Level::L1);
+    let dirty = guest.check().dirty;
+    assert_eq!(dirty, 0, "W was given back, D is the processor's to set");
+    guest
+}
+
+/// Row 3.7. A huge page takes the place of a table; a processor still has the way to the table in
+/// its caches and writes through it, before and after the entry is frozen.
+#[test]
+fn a_dirty_bit_set_in_a_table_that_is_taken_apart_upsets_no_count() {
+    for (moment, page) in [(0, 0), (0, 9), (7, 3), (7, 7), (7, 9), (300, 299), (300, 19)] {
+        let mut guest = clean_and_writable(20);
+        let table = table_of(&mut guest, BASE);
+        let root = guest.root_register();
+        let cpu = SoftCpu::new(&guest.format, root, Caches::unlimited());
+        let core = guest.host().add_core(cpu);
+        let read = mmu_model::Access::user(Read);
+        let address = |page: u64| (BASE + page) << 12;
+        core.lock().unwrap().cpu.access(guest.host(), address(1), read).expect("mapped");
+
+        let (lookups, done) = (AtomicU64::new(0), Arc::new(Mutex::new(None)));
+        let (mmu, seen, writer) =
+            (Arc::downgrade(&guest.mmu), Arc::clone(&done), Arc::clone(&core));
+        guest.host().on_table(Some(Arc::new(move |frame| {
+            if frame == table && lookups.fetch_add(1, Ordering::Relaxed) == moment {
+                let mmu = mmu.upgrade().expect("a fault is using it");
+                let write = mmu_model::Access::user(Write);
+                let mut core = writer.lock().unwrap();
+                let result = core.cpu.access(mmu.vm().host(), (BASE + page) << 12, write);
+                *seen.lock().unwrap() = Some(result.is_ok());
+            }
+        })));
+        guest.host().set_resolver(linear(Level::L2));
+        assert_eq!(guest.vcpu.fault(&write(BASE + 100)), Ok(FaultOutcome::Fixed));
+        guest.host().on_table(None);
+        // An entry that was mapped and is not frozen yet can be written through.
+        let wrote = done.lock().unwrap().expect("the moment came");
+        assert_eq!(wrote, page < 20 && page >= moment, "moment {moment}, page {page}");
+
+        assert_eq!(guest.check().leaves, [0, 1, 0], "moment {moment}, page {page}");
+        assert_eq!(guest.stat(Counter::LeavesZapped), 20);
+        let after = core.lock().unwrap().cpu.access(guest.host(), address(page), read);
+        assert_eq!(after, Ok((DATA + page) << 12), "flushed: the huge page is found");
+        let report = guest.unmap(range(BASE, BASE + M2));
+        assert_eq!((report.leaves, report.dirty), ([0, 1, 0], M2));
+        guest.finish();
+    }
+}
+
+/// Row 3.7. A fault found the table linked, and comes to its entry when the table is being taken
+/// apart: what it installs is taken out and counted, or it meets FROZEN and installs nothing.
+#[test]
+fn a_late_fault_in_a_table_that_is_taken_apart_upsets_no_count() {
+    // Steps of the taking apart after which the fault goes on, and the page that it is for.
+    for (moment, page) in [(0, 30), (5, 30), (31, 30), (200, 30), (511, 30), (512, 30)] {
+        let mut guest = clean_and_writable(20);
+        let table = table_of(&mut guest, BASE);
+        let mut late = TdpVcpu::new(&guest.mmu, 0).unwrap();
+        let _ = late.load_root().unwrap();
+        assert_eq!(late.fault(&write(BASE + 20)), Ok(FaultOutcome::Fixed));
+
+        let (inside, wait_inside) = channel();
+        let (go, wait_go) = channel::<()>();
+        let (over, wait_over) = channel::<FaultOutcome>();
+        let (wait_go, wait_over) = (Mutex::new(wait_go), Mutex::new(wait_over));
+        let (entered, lookups) = (AtomicBool::new(false), AtomicU64::new(0));
+        let outcome = Arc::new(Mutex::new(None));
+        let seen = Arc::clone(&outcome);
+        guest.host().on_table(Some(Arc::new(move |frame| {
+            if frame != table {
+                return;
+            }
+            if std::thread::current().name() == Some("late") {
+                if !entered.swap(true, Ordering::Relaxed) {
+                    inside.send(()).unwrap();
+                    wait_go.lock().unwrap().recv().unwrap();
+                }
+            } else if lookups.fetch_add(1, Ordering::Relaxed) == moment {
+                go.send(()).unwrap();
+                *seen.lock().unwrap() = Some(wait_over.lock().unwrap().recv().unwrap());
+            }
+        })));
+        let thread = std::thread::Builder::new().name("late".into());
+        let thread = thread.spawn(move || {
+            let result = late.fault(&write(BASE + page)).expect("no error");
+            over.send(result).unwrap();
+            late
+        });
+        wait_inside.recv().unwrap();
+        guest.host().set_resolver(linear(Level::L2));
+        assert_eq!(guest.vcpu.fault(&write(BASE + 100)), Ok(FaultOutcome::Fixed));
+        drop(thread.unwrap().join().unwrap());
+        guest.host().on_table(None);
+        let outcome = outcome.lock().unwrap().expect("the moment came");
+        // Entry 30 is frozen after 31 steps; then the fault finds the huge page instead, which it
+        // splits, because its host page was a small one when it asked.
+        let installed = moment <= page;
+        let expected = if installed { FaultOutcome::Fixed } else { FaultOutcome::Spurious };
+        assert_eq!(outcome, expected, "moment {moment}");
+        let leaves = if installed { [0, 1, 0] } else { [M2, 0, 0] };
+        assert_eq!(guest.check().leaves, leaves, "moment {moment}");
+        assert_eq!(guest.stat(Counter::LeavesZapped), 21 + u64::from(installed));
+        assert_eq!(guest.found(BASE + page).map(|found| found.pfn), Some(DATA + page));
+        guest.finish();
+    }
+}
+
+/// Row 3.7: no write that a processor completed is missing from the report, none is invented.
+#[test]
+fn a_zap_reports_exactly_the_pages_that_were_written_until_it_took_them() {
+    for round in 0..60 {
+        let mut guest = clean_and_writable(M2);
+        let root = guest.root_register();
+        let mut cpu = SoftCpu::new(&guest.format, root, Caches::unlimited());
+        let (started, mmu) = (AtomicBool::new(false), Arc::clone(&guest.mmu));
+        let (report, written) = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| {
+                let mut written = BTreeSet::new();
+                let write = mmu_model::Access::user(Write);
+                for turn in 0..M2 {
+                    let page = turn * (2 * round + 1) % M2;
+                    let result = cpu.access(mmu.vm().host(), (BASE + page) << 12, write);
+                    if result.is_ok() {
+                        written.insert(page);
+                    }
+                    started.store(turn > round * 4, Ordering::Release);
+                }
+                written.len() as u64
+            });
+            while !started.load(Ordering::Acquire) && !writer.is_finished() {
+                std::hint::spin_loop();
+            }
+            let report = guest.unmap(range(BASE, BASE + M2));
+            (report, writer.join().unwrap())
+        });
+        assert_eq!((report.leaves, report.dirty), ([M2, 0, 0], written), "round {round}");
+        drop(mmu);
+        guest.finish();
+    }
+}
+
+/// Row B29: the second root has nothing to take, and so many tables that the walk gives way. What
+/// the first root owes is flushed before the unmap returns, once.
+#[test]
+fn a_walk_that_gives_way_keeps_the_debt_of_the_root_before() {
+    let shape = Shape { spaces: 2, ..Shape::new(Capabilities::ept()) };
+    let mut guest = Guest::<Ept>::with(shape);
+    let mut second = TdpVcpu::new(&guest.mmu, 1).unwrap();
+    let _ = second.load_root().unwrap();
+    for as_id in [0, 1] {
+        let slot = SlotRequest { as_id, ..request(0, BASE, 8 * M2, DATA, SlotFlags::empty()) };
+        let _ = guest.set_slot(&slot).unwrap();
+    }
+    // Tables without leaves in the second root.
+    for block in 0..8 {
+        assert_eq!(second.fault(&write(BASE + block * M2)), Ok(FaultOutcome::Fixed));
+    }
+    assert_eq!(guest.unmap(range(BASE, BASE + 8 * M2)).leaves, [8, 0, 0]);
+    guest.map([BASE + 3], Write, Level::L1);
+
+    guest.host().take_batches();
+    let yields = guest.stat(Counter::Yields);
+    let report = guest.unmap(range(BASE, BASE + 8 * M2));
+    assert_eq!(report.leaves, [1, 0, 0]);
+    assert!(guest.stat(Counter::Yields) >= yields + 7, "the second root's walk gave way");
+    let batches = guest.host().take_batches();
+    assert_eq!(batches.len(), 1, "not forgotten, not done twice: {batches:?}");
+    assert_eq!(batches[0].ranges, [range(BASE + 3, BASE + 4)]);
+    drop(second);
+    guest.check();
+    guest.finish();
+}
+
+/// Row B44: configurations belong to their MMU. One is made and another goes while frames of a
+/// third wait to be freed; each goes on by its own rules.
+#[test]
+fn mmus_of_different_configurations_do_not_disturb_each_other() {
+    let mut tracking = Guest::<Ept>::with_memory(no_ad(Capabilities::ept()), 2 * M2, Level::L2);
+    tracking.map([BASE], Write, Level::L1);
+    // A section keeps the table that gives way to a huge page from being freed.
+    let vm = Arc::clone(tracking.mmu.vm());
+    let mut reader = vm.actor().unwrap();
+    let open = reader.pinned();
+    tracking.map([BASE + 9], Write, Level::L2);
+    assert_eq!(tracking.check().leaves, [0, 1, 0]);
+
+    let mut hardware = Guest::<Ept>::with_memory(Capabilities::ept(), 2 * M2, Level::L2);
+    hardware.map([BASE, BASE + M2], Write, Level::L2);
+    let caps = Capabilities {
+        max_phys_bits: 43,
+        memory_encryption: Some((1 << 47, 1 << 47)),
+        ..Capabilities::npt()
+    };
+    let encrypted = mmu_core::spte::SpteConfig::<Npt>::new(caps).expect("possible");
+    let link = encrypted.table(Pfn::new(9), Level::L2);
+    assert_ne!(link.raw() & 1 << 47, 0);
+
+    let (_, old) = tracking.entry(BASE);
+    let config = tracking.config();
+    assert!(!config.ad_enabled() && config.is_access_tracked(config.age(old)));
+    let (_, new) = hardware.entry(BASE);
+    let config = hardware.config();
+    assert!(config.ad_enabled() && !config.is_access_tracked(config.age(new)));
+    assert_eq!((old.raw() | new.raw()) & 1 << 47, 0, "nobody else's encryption bit");
+    hardware.finish();
+
+    drop(open);
+    drop((reader, vm));
+    let _ = tracking.age(range(BASE, BASE + M2), mmu_core::traits::AgeMode::Clear);
+    let (level, aged) = tracking.entry(BASE);
+    assert!(level == Level::L2 && tracking.config().is_access_tracked(aged));
+    tracking.map([BASE], Write, Level::L2);
+    tracking.check();
+    tracking.finish();
+}
+
+/// The entry for `gfn` in the level-1 table in frame `table`, changed behind the MMU's back.
+fn plant(guest: &Guest<Ept>, table: Pfn, gfn: u64, new: Spte) {
+    let place = table.address().get() + (gfn % M2) * 8;
+    let old = guest.host().read(place).unwrap();
+    assert_eq!(guest.host().cas(place, old, new.raw()), Some(Ok(())));
+}
+
+/// Row B58: MMIO entries whose generation has bit 7, which in a leaf means "large".
+#[test]
+fn entries_that_are_not_present_are_no_pages_whatever_their_bits() {
+    for all in [false, true] {
+        let mut guest = Guest::<Ept>::with_memory(Capabilities::ept(), 2 * M2, Level::L1);
+        guest.map([BASE], Write, Level::L1);
+        let table = table_of(&mut guest, BASE);
+        for page in 1..40 {
+            let spte = guest.config().mmio(Gfn::new(BASE + page), Access::ALL, 0x1f);
+            let spte = spte.expect("in use");
+            assert!(spte.has(1 << 7) && guest.config().kind(spte, Level::L1) == SpteKind::Mmio);
+            plant(&guest, table, BASE + page, spte);
+        }
+        let count = guest.check();
+        assert_eq!((count.leaves, count.mmio), ([1, 0, 0], 39));
+        // A page in the place of one, then everything goes, in either way.
+        guest.map([BASE + 7], Write, Level::L1);
+        assert_eq!(guest.check().leaves, [2, 0, 0]);
+        let report = if all {
+            guest.mmu.invalidate_roots(&mut guest.actor).finish(&mut guest.actor)
+        } else {
+            guest.unmap(range(BASE, BASE + M2))
+        };
+        assert_eq!((report.leaves, report.young, report.dirty), ([2, 0, 0], 2, 2));
+        guest.vcpu.unload_root();
+        guest.check();
+        guest.finish();
+    }
+}
+
+/// Row B60: where a walk reads nothing, the answer says so; there is no value left over from
+/// before.
+#[test]
+fn a_walk_under_an_absent_entry_gives_what_it_read_and_no_more() {
+    let mut guest = Guest::<Legacy>::new(Capabilities::pae());
+    // PAE reaches 4 GiB of guest memory: four entries, all absent.
+    for gfn in [0, G1, 3 * G1 + 5] {
+        let walk = guest.mmu.lookup(&mut guest.actor, 0, Gfn::new(gfn));
+        assert_eq!(walk.as_slice(), [(Level::L3, Spte::EMPTY)], "gfn {gfn:#x}");
+    }
+    let walk = guest.mmu.lookup(&mut guest.actor, 0, Gfn::new(4 * G1));
+    assert!(walk.is_empty(), "beyond the tables: {walk:?}");
+    assert!(guest.mmu.lookup(&mut guest.actor, 1, Gfn::new(0)).is_empty(), "no such root");
+    guest.slot(1, G1, 8, DATA + G1, SlotFlags::empty());
+    guest.map([G1 + 3], Write, Level::L1);
+    let walk = guest.mmu.lookup(&mut guest.actor, 0, Gfn::new(G1 + 4));
+    let levels: Vec<Level> = walk.iter().map(|(level, _)| *level).collect();
+    assert_eq!(levels, [Level::L3, Level::L2, Level::L1]);
+    assert_eq!(walk.last(), Some(&(Level::L1, Spte::EMPTY)));
+    let mut walker = guest.mmu.walker(&mut guest.actor, 0).unwrap();
+    assert_eq!(walker.entry(Gfn::new(2 * G1)), (Level::L3, Spte::EMPTY));
+    assert_eq!(walker.entry(Gfn::new(u64::MAX)).1, Spte::EMPTY);
+    drop(walker);
+    guest.finish();
+}
+
+/// Row B73: a page inside a huge one is mapped as part of the whole, and its frame stays the one
+/// that the host gave. The host may count references by the frames of its answers: nothing of ours
+/// names another one, and nothing is given back to it.
+#[test]
+fn the_frame_of_a_page_in_a_huge_mapping_is_the_one_resolved() {
+    let mut guest = Guest::<Npt>::new(Capabilities::npt());
+    guest.slot(0, BASE, 4 * M2, DATA, SlotFlags::empty());
+    let answers = Arc::new(Mutex::new(Vec::new()));
+    let log = Arc::clone(&answers);
+    guest.host().set_resolver(Arc::new(move |slot, gfn, _| {
+        let pfn = Pfn::new(slot.hva_of(gfn).unwrap().get() >> 12);
+        log.lock().unwrap().push((gfn, pfn));
+        Ok(HostPage { pfn, writable: true, level: Level::L2 })
+    }));
+    for gfn in [BASE + 37, BASE + M2, BASE + 3 * M2 - 1] {
+        assert_eq!(guest.fault(gfn, Write, Level::L2), FaultOutcome::Fixed);
+        let (asked, pfn) = answers.lock().unwrap().pop().expect("one answer a fault");
+        assert_eq!((asked.get(), answers.lock().unwrap().len()), (gfn, 0));
+        let found = guest.found(gfn).expect("mapped");
+        assert_eq!((found.pfn, found.level), (pfn.get(), 2));
+    }
+    guest.check();
+    guest.finish();
+}
