@@ -82,6 +82,9 @@ counters! {
     Yields = "yields",
     /// Slot lookups that missed the per-thread copy.
     SlotLookups = "slot_lookups",
+    /// Largest number of entries that long work visited between two points where others may
+    /// proceed. A maximum, not a sum: see [`StatsShard::max`].
+    MaxSlice = "max_slice",
 }
 
 impl Counter {
@@ -94,6 +97,13 @@ impl Counter {
             Level::L2 => Self::Pages2M,
             Level::L3 | Level::L4 | Level::L5 => Self::Pages1G,
         }
+    }
+
+    /// Is it a maximum, so that shards are not summed?
+    #[inline]
+    #[must_use]
+    pub const fn is_maximum(self) -> bool {
+        matches!(self, Self::MaxSlice)
     }
 
     #[inline]
@@ -136,6 +146,19 @@ impl StatsShard {
         self.add(counter, amount.wrapping_neg());
     }
 
+    /// Raise a maximum to `value`, if it is lower.
+    #[inline]
+    pub fn max(&self, counter: Counter, value: u64) {
+        debug_assert!(counter.is_maximum(), "{} is a sum", counter.name());
+        #[expect(clippy::indexing_slicing, reason = "the array has one element per variant")]
+        let max = &self.values[counter.index()];
+        // ORDERING[stats]: Relaxed. As in `add`.
+        if value > max.load(Ordering::Relaxed) {
+            // ORDERING[stats]: Relaxed. As in `add`.
+            max.store(value, Ordering::Relaxed);
+        }
+    }
+
     /// Count one.
     #[inline]
     pub fn inc(&self, counter: Counter) {
@@ -169,15 +192,15 @@ impl Stats {
         &self.shards[participant]
     }
 
-    /// The sum over all shards. Exact when nobody is counting, else a value that was true for
-    /// some order of the concurrent counts.
+    /// The sum over all shards, or the largest value where [`Counter::is_maximum`] holds. Exact
+    /// when nobody is counting, else a value that was true for some order of the concurrent counts.
     #[must_use]
     pub fn get(&self, counter: Counter) -> u64 {
         self.shards.iter().fold(0u64, |sum, shard| {
             #[expect(clippy::indexing_slicing, reason = "one element per variant")]
             // ORDERING[stats]: Relaxed. Pairs with the store in `StatsShard::add`.
             let value = shard.values[counter.index()].load(Ordering::Relaxed);
-            sum.wrapping_add(value)
+            if counter.is_maximum() { sum.max(value) } else { sum.wrapping_add(value) }
         })
     }
 }
@@ -219,5 +242,14 @@ mod tests {
         stats.shard(1).sub(Counter::Pages4K, 1);
         stats.shard(0).inc(Counter::Pages4K);
         assert_eq!(stats.get(Counter::Pages4K), 0);
+    }
+
+    #[test]
+    fn a_maximum_over_shards_is_the_largest_value_noted() {
+        let stats = Stats::new(2).expect("memory");
+        for (shard, value) in [(0, 5), (1, 9), (1, 3), (0, 7)] {
+            stats.shard(shard).max(Counter::MaxSlice, value);
+        }
+        assert_eq!(stats.get(Counter::MaxSlice), 9);
     }
 }

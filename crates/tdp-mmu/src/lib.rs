@@ -22,6 +22,7 @@ extern crate std;
 
 pub mod age;
 mod change;
+pub mod dump;
 mod fast;
 pub mod iter;
 mod leaf;
@@ -32,16 +33,20 @@ mod recent;
 pub mod root;
 mod scan;
 mod split;
+mod sweep;
 mod unflushed;
+pub mod usage;
 pub mod vcpu;
 pub mod walk;
 pub mod zap;
 
+pub use dump::{Dump, Run, RunKind};
 pub use iter::{Cursor, Step, TdpIter};
 pub use map::Prefault;
 pub use mmu::{TdpMmu, TdpOptions};
 pub use postorder::PostOrder;
 pub use root::{RootError, ZapAll};
+pub use usage::TableUsage;
 pub use vcpu::TdpVcpu;
 pub use walk::Walker;
 pub use zap::ZapReport;
