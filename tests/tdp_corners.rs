@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
-use common::{BASE, DATA, G1, Guest, M2, Shape, gpa, linear, no_ad, range, request};
+use common::{BASE, DATA, G1, Guest, M2, Modelled, Shape, gpa, linear, no_ad, range, request};
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::{Gfn, Level, Pfn};
-use mmu_core::fault::{FaultOutcome, PageFault};
+use mmu_core::dead::DeadReason;
+use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
 use mmu_core::slot::{SlotFlags, SlotRequest};
 use mmu_core::spte::{Capabilities, Ept, Legacy, Npt, Spte, SpteKind};
 use mmu_core::stats::Counter;
@@ -342,4 +343,109 @@ fn the_frame_of_a_page_in_a_huge_mapping_is_the_one_resolved() {
     }
     guest.check();
     guest.finish();
+}
+
+/// Row 1.33: a bit that we do not set, in each entry of the path in turn. The fault names the
+/// entry, nothing below it is looked at, the dump says the same in words.
+fn corrupt_entries_are_named<F: Modelled>(caps: Capabilities) {
+    let levels = usize::from(caps.levels);
+    for depth in 0..levels {
+        let mut guest = Guest::<F>::with_memory(caps, 64, Level::L1);
+        guest.map([BASE + 3, BASE + 4], Write, Level::L1);
+        let gfn = Gfn::new(BASE + 3);
+        let root = guest.root_register();
+        let walk = guest.mmu.lookup(&mut guest.actor, 0, gfn);
+        assert_eq!(walk.len(), levels);
+        let (level, spte) = walk[depth];
+        let table = if depth == 0 { root } else { walk[depth - 1].1.pfn().address().get() };
+        let place = table + gfn.index(level) as u64 * 8;
+        // An address bit beyond MAXPHYADDR: a frame that no arena has, if anybody followed it.
+        // With 52 bits there is none, so bit 7 of the link, which would be a page of 256 TiB.
+        let bit = if caps.max_phys_bits < 52 {
+            1 << 51
+        } else if level > Level::L3 {
+            1 << 7
+        } else {
+            continue;
+        };
+        let bad = spte.raw() | bit;
+        assert_eq!(guest.host().cas(place, spte.raw(), bad), Some(Ok(())));
+
+        let path = guest.mmu.path(&mut guest.actor, 0, gfn);
+        assert_eq!(path.walk.len(), depth + 1, "nothing is followed from there");
+        let words = path.to_string();
+        let last = words.lines().last().unwrap_or_default();
+        assert!(last.contains(&format!("{bad:#018x}")), "{words}");
+        let fault = PageFault::new(gpa(BASE + 3), PfErrorCode::RESERVED | PfErrorCode::PRESENT);
+        let error = guest.vcpu.fault(&fault).unwrap_err();
+        assert_eq!(error, FaultError::ReservedBit { gpa: gpa(BASE + 3), level, spte: bad });
+        assert!(error.to_string().contains(&format!("{level}")), "{error}");
+
+        assert_eq!(guest.host().cas(place, bad, spte.raw()), Some(Ok(())));
+        let whole = guest.mmu.path(&mut guest.actor, 0, gfn);
+        assert_eq!((whole.walk.len(), whole.to_string().lines().count()), (levels, levels + 1));
+        guest.check();
+        guest.finish();
+    }
+}
+
+#[test]
+fn a_corrupt_entry_is_named_at_whatever_level_it_stands() {
+    for_each_format!(corrupt_entries_are_named);
+}
+
+/// Row 1.33: MMIO entries have reserved bits on purpose.
+#[test]
+fn an_mmio_entry_is_no_corrupt_entry() {
+    let mut guest = Guest::<Ept>::with_memory(Capabilities::ept(), 64, Level::L1);
+    guest.map([BASE], Write, Level::L1);
+    let table = table_of(&mut guest, BASE);
+    let spte = guest.config().mmio(Gfn::new(BASE + 1), Access::ALL, 2).expect("in use");
+    plant(&guest, table, BASE + 1, spte);
+    let fault = PageFault::new(gpa(BASE + 1), PfErrorCode::RESERVED);
+    assert_eq!(guest.vcpu.fault(&fault), Ok(FaultOutcome::Fixed), "a slot is there by now");
+    assert_eq!(guest.mmu.vm().is_dead(), None);
+    guest.check();
+    guest.finish();
+}
+
+/// Row 0.1.8: after something impossible no fault maps anything, nothing panics, and all memory
+/// comes back.
+#[test]
+fn a_dead_vm_maps_nothing_and_gives_everything_back() {
+    for by_fault in [false, true] {
+        let mut guest = Guest::<Ept>::with_memory(Capabilities::ept(), 4 * M2, Level::L1);
+        guest.map(BASE..BASE + 40, Write, Level::L1);
+        let vm = Arc::clone(guest.mmu.vm());
+        assert_eq!(vm.is_dead(), None);
+        let reason = if by_fault {
+            let table = table_of(&mut guest, BASE);
+            let (_, spte) = guest.entry(BASE + 7);
+            plant(&guest, table, BASE + 7, spte.with(1 << 51));
+            let fault = PageFault::new(gpa(BASE + 7), PfErrorCode::RESERVED);
+            assert!(matches!(guest.vcpu.fault(&fault), Err(FaultError::ReservedBit { .. })));
+            plant(&guest, table, BASE + 7, spte);
+            DeadReason::CorruptEntry
+        } else {
+            vm.mark_dead(DeadReason::Embedder);
+            DeadReason::Embedder
+        };
+        vm.mark_dead(DeadReason::IllegalChange);
+        assert_eq!(vm.is_dead(), Some(reason), "the first reason stays");
+        let dead = FaultError::Dead { reason };
+        assert!(dead.to_string().contains(&reason.to_string()), "{dead}");
+        for gfn in [BASE + 3, BASE + 100, BASE + M2] {
+            assert_eq!(guest.vcpu.fault(&write(gfn)), Err(dead));
+        }
+        let pages = range(BASE + M2, BASE + M2 + 8);
+        assert_eq!(guest.vcpu.prefault(pages, Access::READ), Err(dead));
+        assert_eq!(guest.check().leaves, [40, 0, 0], "as it was");
+        // Everything that takes away goes on.
+        let _ = guest.age(range(BASE, BASE + 40), mmu_core::traits::AgeMode::ClearFlush);
+        assert_eq!(guest.unmap(range(BASE, BASE + 10)).leaves, [10, 0, 0]);
+        guest.slot(0, 0, 0, DATA, SlotFlags::empty());
+        assert_eq!(guest.check().leaves, [0; 3]);
+        drop(vm);
+        guest.finish();
+    }
 }

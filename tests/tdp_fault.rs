@@ -165,7 +165,7 @@ fn a_reserved_bit_in_our_entry_is_reported_with_the_entry() {
     let bad = spte.raw() | 1 << 50;
     assert_eq!(guest.host().cas(place, spte.raw(), bad), Some(Ok(())));
     let error = guest.vcpu.fault(&fault).unwrap_err();
-    assert_eq!(error, FaultError::ReservedBit { gpa: gpa(BASE), spte: bad });
+    assert_eq!(error, FaultError::ReservedBit { gpa: gpa(BASE), level: Level::L1, spte: bad });
     assert!(guest.mmu.check(&mut guest.actor).is_err(), "the checker finds it too");
     assert_eq!(guest.host().cas(place, bad, spte.raw()), Some(Ok(())));
     guest.finish();

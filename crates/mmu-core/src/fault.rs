@@ -8,6 +8,7 @@ use core::fmt;
 
 use crate::access::{Access, EptViolation, NpfInfo, PfErrorCode};
 use crate::addr::{Gfn, Gpa, Level, Pfn};
+use crate::dead::DeadReason;
 use crate::frame::OutOfFrames;
 use crate::traits::ResolveError;
 
@@ -175,13 +176,21 @@ pub enum FaultError {
     },
     /// The vCPU has no root loaded.
     NoRoot,
-    /// A reserved bit was set in an entry of ours: the tables are corrupt or the configuration
-    /// does not describe this CPU.
+    /// A reserved bit was set in an entry of ours, or the entry is none: the tables are corrupt or
+    /// the configuration does not describe this CPU. The VM is dead from now on.
     ReservedBit {
         /// The address.
         gpa: Gpa,
+        /// Level of the entry; those above it are in order.
+        level: Level,
         /// The entry found.
         spte: u64,
+    },
+    /// The VM was marked dead ([`VmCore::mark_dead`](crate::vm::VmCore::mark_dead)): do not run the
+    /// guest, give its memory back.
+    Dead {
+        /// What happened.
+        reason: DeadReason,
     },
 }
 
@@ -207,9 +216,10 @@ impl fmt::Display for FaultError {
                 write!(f, "gfn {gfn} is mapped to {mapped} and was not unmapped for {resolved}")
             }
             Self::NoRoot => f.write_str("the vCPU has no root loaded"),
-            Self::ReservedBit { gpa, spte } => {
-                write!(f, "fault at {gpa}: reserved bit in our entry {spte:#018x}")
+            Self::ReservedBit { gpa, level, spte } => {
+                write!(f, "fault at {gpa}: reserved bit in our {level} entry {spte:#018x}")
             }
+            Self::Dead { reason } => write!(f, "the VM is dead: {reason}"),
         }
     }
 }

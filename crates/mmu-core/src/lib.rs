@@ -26,6 +26,7 @@ pub mod addr;
 pub mod async_page;
 pub mod attributes;
 pub mod check;
+pub mod dead;
 pub mod dirty;
 #[expect(unsafe_code, reason = "publish.rs borrows the live buffer; see its head")]
 pub mod epoch;

@@ -8,6 +8,7 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use crate::addr::{Gfn, Pfn};
+use crate::dead::{Dead, DeadReason};
 use crate::epoch::{EpochDomain, EpochError, EpochGuard, GiveUpCpu, Participant};
 use crate::flush::{FlushDebt, FlushScope};
 use crate::frame::{FrameList, MmuCache, OutOfFrames, TablePool};
@@ -30,6 +31,7 @@ pub struct VmCore<H: Host> {
     notify: Invalidations,
     pool: TablePool<H>,
     stats: Stats,
+    dead: Dead,
 }
 
 /// A VM that could not be made.
@@ -81,6 +83,7 @@ impl<H: Host> VmCore<H> {
             notify: Invalidations::new(Arc::clone(&domain), 0),
             pool: TablePool::new(host, Arc::clone(&domain)),
             stats,
+            dead: Dead::new(),
             domain,
         };
         Ok((Arc::new(vm), writer))
@@ -141,6 +144,24 @@ impl<H: Host> VmCore<H> {
     #[must_use]
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// Why the VM must not run any more; `None` while it may. One relaxed load.
+    #[inline(always)]
+    #[must_use]
+    pub fn is_dead(&self) -> Option<DeadReason> {
+        self.dead.get()
+    }
+
+    /// Something impossible happened: from now on the VM's faults end in
+    /// [`FaultError::Dead`](crate::fault::FaultError::Dead), permissions apart that a fault can
+    /// give back by itself. Everything that gives memory back goes on working. The MMU calls this
+    /// when it finds an entry that it did not make; embedders may for reasons of theirs, and ask
+    /// [`is_dead`](Self::is_dead) before each entry into the guest (KVM row 0.1.8). The first
+    /// reason stays.
+    #[doc(alias = "kvm_vm_bugged")]
+    pub fn mark_dead(&self, reason: DeadReason) {
+        self.dead.mark(reason);
     }
 
     /// Start the flush of a debt without paying it: the caller waits for the ticket, and only then

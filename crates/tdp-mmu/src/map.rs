@@ -157,6 +157,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
                 FastPath::Slow => {}
             }
         }
+        if let Some(reason) = self.actor.vm().is_dead() {
+            return Err(FaultError::Dead { reason });
+        }
         self.actor.top_up(FRAMES_PER_FAULT)?;
         let resolved = match self.resolve(fault) {
             Ok(resolved) => resolved,

@@ -1,7 +1,8 @@
 //! Looking up entries without changing anything (KVM row 2.15).
 //!
-//! Owns [`Walk`] (the entry for a gfn and how the walk got there), [`TdpMmu::lookup`], and
-//! [`Walker`], which answers many questions in one section. Runs in epoch sections only.
+//! Owns [`Walk`] (the entry for a gfn and how the walk got there), [`TdpMmu::lookup`], its words
+//! ([`Path`]), the check of a path after an impossible fault, and [`Walker`], which answers many
+//! questions in one section. Runs in epoch sections only.
 
 use core::fmt;
 
@@ -11,7 +12,7 @@ use mmu_core::addr::{Gfn, Level, Pfn};
 use mmu_core::epoch::EpochGuard;
 use mmu_core::frame::TablePool;
 use mmu_core::frame::raw::prefetch;
-use mmu_core::spte::{Spte, SpteFormat};
+use mmu_core::spte::{Spte, SpteConfig, SpteFormat, SpteKind};
 use mmu_core::traits::Host;
 use mmu_core::vm::{Actor, PinnedWork};
 
@@ -64,7 +65,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 
     /// What maps `gfn` in the tree of address space `space`: every entry from the root down.
-    /// Empty when no root of that space exists.
+    /// Empty when no root of that space exists. Ends with an entry that is not as we make it:
+    /// where that leads, nobody knows.
     #[must_use]
     pub fn lookup(&self, actor: &mut Actor<H>, space: u8, gfn: Gfn) -> Walk {
         let work = actor.pinned();
@@ -81,10 +83,79 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         loop {
             let spte = table.cell(gfn, level).load();
             walk.push((level, spte));
-            let Some(below) = level.down().filter(|_| spte.is_table(level)) else { return walk };
+            let follow = spte.is_table(level) && !self.is_bad(spte, level);
+            let Some(below) = level.down().filter(|_| follow) else { return walk };
             table = work.vm.pool().table(&work.section, self.config().pfn(spte));
             level = below;
         }
+    }
+}
+
+/// The path to a gfn after a fault that should not have been (KVM row 1.33).
+impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
+    /// Is it an entry that we do not make: of no class, or present with bits that hardware
+    /// reserves? MMIO entries have such bits on purpose.
+    fn is_bad(&self, spte: Spte, level: Level) -> bool {
+        match self.config().kind(spte, level) {
+            SpteKind::Empty | SpteKind::Frozen | SpteKind::Mmio => false,
+            SpteKind::Table | SpteKind::Leaf => self.config().reserved_bits(spte, level) != 0,
+            SpteKind::Corrupt => true,
+        }
+    }
+
+    /// The first entry on the way to `gfn` that we do not make. No entry is followed before it was
+    /// looked at.
+    #[cold]
+    pub(crate) fn first_bad(
+        &self,
+        pool: &TablePool<H>,
+        section: &EpochGuard<'_>,
+        root: &RootRef,
+        gfn: Gfn,
+    ) -> Option<(Level, Spte)> {
+        let (mut frame, mut level) = (root.frame, root.role.level());
+        loop {
+            let spte = pool.table(section, frame).cell(gfn, level).load();
+            if self.is_bad(spte, level) {
+                return Some((level, spte));
+            }
+            if !spte.is_table(level) {
+                return None;
+            }
+            frame = self.config().pfn(spte);
+            level = level.below();
+        }
+    }
+
+    /// [`lookup`](Self::lookup) in words, for the message that an impossible fault leaves behind.
+    #[must_use]
+    pub fn path(&self, actor: &mut Actor<H>, space: u8, gfn: Gfn) -> Path<'_, F> {
+        Path { config: self.config(), gfn, walk: self.lookup(actor, space, gfn) }
+    }
+}
+
+/// The entries on the way to a gfn, ready to print: one a line, from the root down, with the bits
+/// that hardware rejects.
+#[derive(Clone, Debug)]
+pub struct Path<'m, F: SpteFormat> {
+    config: &'m SpteConfig<F>,
+    gfn: Gfn,
+    /// The entries.
+    pub walk: Walk,
+}
+
+impl<F: SpteFormat> fmt::Display for Path<'_, F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "gfn {}:", self.gfn)?;
+        for &(level, spte) in &self.walk {
+            let words = self.config.describe(spte, level);
+            write!(f, "\n  {level} [{}] {:#018x} {words}", self.gfn.index(level), spte.raw())?;
+            match self.config.reserved_bits(spte, level) {
+                0 => {}
+                bits => write!(f, ", reserved {bits:#x}")?,
+            }
+        }
+        Ok(())
     }
 }
 
