@@ -6,8 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
 use common::{BASE, Batch, Guest, M2, range};
+use mmu_core::access::Access;
 use mmu_core::addr::Level;
-use mmu_core::fault::FaultOutcome;
+use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::frame::CACHE_CAPACITY;
 use mmu_core::spte::{Capabilities, Ept};
 use mmu_model::AccessKind::{Fetch, Write};
@@ -56,7 +57,7 @@ fn a_fetch_under_the_nx_mitigation_ends_in_a_small_executable_leaf() {
     let (level, spte) = guest.entry(BASE + 3);
     assert_eq!(level, Level::L1);
     let config = guest.mmu.config();
-    assert!(config.permits(spte, mmu_core::access::Access::EXEC), "{spte:?}");
+    assert!(config.permits(spte, Access::EXEC), "{spte:?}");
 }
 
 #[test]
@@ -69,4 +70,19 @@ fn a_cache_refuses_more_frames_than_it_holds_and_keeps_what_it_had() {
     assert_eq!(error.wanted, CACHE_CAPACITY as u64 + 1);
     drop(actor);
     assert_eq!(pool.frames_in_use(), before, "frames leaked");
+}
+
+/// Where entries are access-tracked, a prefaulted leaf is not writable, so nothing in it says that
+/// the small pages it replaced were written.
+#[test]
+fn a_prefaulted_huge_page_keeps_what_was_written_before_it() {
+    let tracking = Capabilities { accessed_dirty: false, ..Capabilities::ept() };
+    let mut guest = Guest::<Ept>::with_memory(tracking, M2, Level::L2);
+    guest.map([BASE + 1], Write, Level::L1);
+    let huge = PageFault::prefetch(common::gpa(BASE + 1), Access::READ).at_most(Level::L2);
+    assert_eq!(guest.vcpu.fault(&huge), Ok(FaultOutcome::Fixed));
+    assert_eq!(guest.entry(BASE + 1).0, Level::L2);
+    let all = guest.unmap(range(BASE, BASE + M2));
+    assert_eq!((all.leaves, all.young, all.dirty), ([0, 1, 0], 0, M2));
+    guest.finish();
 }

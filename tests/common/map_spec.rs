@@ -4,7 +4,7 @@
 //! unmapping and aging act on whole leaves, but no tables, locks, epochs or flushes. Written from
 //! the behaviour rows (`docs/KVM_PARITY.md`), not from the sources: it shares no code with them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Pages of a leaf of `level`.
 pub const fn pages(level: u8) -> u64 {
@@ -101,11 +101,15 @@ pub struct Map {
     pub rules: Rules,
     pub slots: BTreeMap<(u8, u16), Slot>,
     pub spaces: [Leaves; 2],
+    /// Where smaller pages are, or were: space, level of the page that they take the place of, and
+    /// its first gfn.
+    below: BTreeSet<(u8, u8, u64)>,
 }
 
 impl Map {
     pub fn new(rules: Rules) -> Self {
-        Self { rules, slots: BTreeMap::new(), spaces: [Leaves::new(), Leaves::new()] }
+        let spaces = [Leaves::new(), Leaves::new()];
+        Self { rules, slots: BTreeMap::new(), spaces, below: BTreeSet::new() }
     }
 
     pub fn slot_of(&self, space: u8, gfn: u64) -> Option<(u16, &Slot)> {
@@ -201,6 +205,8 @@ impl Map {
         let writable = page.writable && !slot.read_only;
         let at_once = writable && (!slot.log || fault.write);
         let tracked = fault.prefetch && !self.rules.ad;
+        // Smaller pages may have been written, and go without a report.
+        let replaces = self.below.contains(&(fault.space, goal, first));
         let new = Leaf {
             level: goal,
             pfn: slot.pfn + (first - slot.base),
@@ -209,7 +215,7 @@ impl Map {
             host_writable: writable,
             tracked,
             accessed: !fault.prefetch,
-            dirty: at_once && !tracked,
+            dirty: (at_once && !tracked) || (writable && replaces),
         };
         if let Some((_, old)) = old {
             let same = fault.prefetch || permits(&old, fault.write);
@@ -218,6 +224,12 @@ impl Map {
             }
         }
         let space = &mut self.spaces[usize::from(fault.space)];
+        for level in goal + 1..=3 {
+            self.below.insert((fault.space, level, fault.gfn & !(pages(level) - 1)));
+        }
+        let whole = first..first + pages(goal);
+        self.below
+            .retain(|&(at, level, gfn)| at != fault.space || level > goal || !whole.contains(&gfn));
         // Smaller pages in the way make place.
         space.retain(|at, _| !(first..first + pages(goal)).contains(at));
         space.insert(first, new);
@@ -226,12 +238,13 @@ impl Map {
 
     /// Split the leaf at `first` into leaves one level lower.
     fn split(&mut self, space: u8, first: u64, _: u64) {
-        let space = &mut self.spaces[usize::from(space)];
-        let Some(huge) = space.remove(&first) else { return };
+        let leaves = &mut self.spaces[usize::from(space)];
+        let Some(huge) = leaves.remove(&first) else { return };
+        self.below.insert((space, huge.level, first));
         let level = huge.level - 1;
         for index in 0..512 {
             let offset = index * pages(level);
-            space.insert(first + offset, Leaf { level, pfn: huge.pfn + offset, ..huge });
+            leaves.insert(first + offset, Leaf { level, pfn: huge.pfn + offset, ..huge });
         }
     }
 
@@ -259,6 +272,7 @@ impl Map {
 
     /// Everything goes.
     pub fn zap_all(&mut self) -> Zapped {
+        self.below.clear();
         self.unmap(0, u64::MAX)
     }
 

@@ -469,7 +469,12 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         debt: &mut Option<FlushDebt>,
     ) -> Option<Result<FaultOutcome, FaultError>> {
         let config = self.config();
-        let (level, new) = (fault.goal, fault.leaf);
+        let (level, mut new) = (fault.goal, fault.leaf);
+        if old.is_table(level) && config.is_mmu_writable(new) {
+            // Pages below may have been written, and a prefaulted leaf need not say so. Before the
+            // exchange: who splits the leaf right after it takes over what it says.
+            new = new.with(F::DIRTY);
+        }
         if old.is_leaf(level) {
             let (mapped, resolved) = (config.pfn(old), config.pfn(new));
             if mapped != resolved {
