@@ -95,8 +95,9 @@ fn run<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, op: Op) -> Seen {
             let invalidation = notify.begin(vcpu.actor().participant(), PAGE);
             world.vm.host().replace(PAGE);
             seen.zapped = Some(world.mmu.unmap_in(vcpu.actor(), &invalidation, PAGE));
-            assert!(!world.vm.host().is_stale(PAGE), "used after the unmap returned (I11)");
+            let stale = world.vm.host().is_stale(PAGE);
             drop(invalidation);
+            assert!(!stale, "used after the unmap returned (I11)");
         }
         Op::ZapRoot => {
             let zap = world.mmu.invalidate_roots(vcpu.actor());

@@ -1,5 +1,7 @@
 //! What the models share: running one, a small VM, and a processor that walks its tables.
 
+#![allow(dead_code, reason = "each file of models uses its own part")]
+
 use core::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -92,6 +94,8 @@ impl Modelled for Ept {
 #[derive(Debug, Default)]
 struct Cpu {
     tlb: [Option<Pfn>; 4],
+    /// An upper-level entry: the level-1 table of [`BOTH`].
+    upper: Option<Pfn>,
     /// It was told to leave, and would have to load a root to come back.
     out: bool,
 }
@@ -104,6 +108,8 @@ pub(crate) struct ModelHost {
     arena: Arena,
     /// Bit `n`: the page of gfn `n` was replaced.
     replaced: AtomicU64,
+    /// Bit `n`: and an unmap has returned since, so that it may be used for something else.
+    released: AtomicU64,
     /// Host pages are as large as an entry at level 2.
     huge: AtomicBool,
     /// Held during an access: who holds it finds the processor between two accesses.
@@ -119,6 +125,20 @@ impl ModelHost {
         for gfn in range.start.get()..range.end.get() {
             self.replaced.fetch_or(1 << gfn, Ordering::Relaxed);
         }
+    }
+
+    /// What was taken away in `range` is unmapped; nobody may use it any more.
+    pub(crate) fn release(&self, range: GfnRange) {
+        for gfn in range.start.get()..range.end.get() {
+            let replaced = self.replaced.load(Ordering::Relaxed) & 1 << gfn;
+            self.released.fetch_or(replaced, Ordering::Relaxed);
+        }
+    }
+
+    /// May the processor use `page` for `gfn`?
+    fn may_use(&self, gfn: Gfn, page: Pfn) -> bool {
+        let released = self.released.load(Ordering::Relaxed) >> gfn.get() & 1 == 1;
+        page == self.page(gfn) || page == Pfn::new(MEMORY + gfn.get()) && !released
     }
 
     /// Let host pages be as large as an entry at level 2, or small again.
@@ -192,6 +212,9 @@ impl TlbFlush for ModelHost {
                 *cached = None;
             }
         }
+        if all || ranges.iter().any(|range| !range.intersection(BOTH).is_empty()) {
+            cpu.upper = None;
+        }
         drop(cpu);
         drop(between);
     }
@@ -229,6 +252,7 @@ impl<F: Modelled> World<F> {
         let host = ModelHost {
             arena: Arena::with_capacity(14, Pfn::new(1)).expect("memory"),
             replaced: AtomicU64::new(0),
+            released: AtomicU64::new(0),
             huge: AtomicBool::new(false),
             accessing: loom::sync::Mutex::new(()),
             runs: AtomicBool::new(false),
@@ -253,8 +277,11 @@ impl<F: Modelled> World<F> {
     /// The entry for `gfn` as a page walker finds it: from the root, asking nobody. Not present
     /// entries end the walk too.
     fn walk(&self, gfn: Gfn) -> (&SpteCell, Spte, Level) {
-        let mut table = self.vm.pool().owned_table(self.root);
-        let mut level = self.mmu.config().levels();
+        self.walk_from((self.root, self.mmu.config().levels()), gfn)
+    }
+
+    fn walk_from(&self, (table, mut level): (Pfn, Level), gfn: Gfn) -> (&SpteCell, Spte, Level) {
+        let mut table = self.vm.pool().owned_table(table);
         loop {
             let cell = table.cell(gfn, level);
             let spte = cell.load();
@@ -287,6 +314,26 @@ impl<F: Modelled> World<F> {
         }
     }
 
+    /// The level-1 table for [`BOTH`] when nothing runs.
+    pub(crate) fn lowest_table(&self) -> Option<Pfn> {
+        let mut table = self.root;
+        let mut level = self.mmu.config().levels();
+        while level > Level::L1 {
+            let link = self.vm.pool().owned_table(table).cell(GFN, level).load();
+            if !link.is_table(level) {
+                return None;
+            }
+            (table, level) = (link.pfn(), level.below());
+        }
+        Some(table)
+    }
+
+    /// The processor has the entry in its caches that leads to the level-1 table of [`BOTH`], and
+    /// will go straight to that table until a flush.
+    pub(crate) fn fill_upper(&self) {
+        self.vm.host().cpu.lock().expect("no panic").upper = self.lowest_table();
+    }
+
     /// The processor writes to `gfn`; where it may not, it reads.
     pub(crate) fn access(&self, gfn: Gfn) -> Accessed {
         let host = self.vm.host();
@@ -294,16 +341,21 @@ impl<F: Modelled> World<F> {
         let config = self.mmu.config();
         // One turn more for each change of the entry between its read and its update.
         while !host.cpu.lock().expect("no panic").out {
-            let (cell, spte, level) = self.walk(gfn);
+            let upper = host.cpu.lock().expect("no panic").upper.filter(|_| BOTH.contains(gfn));
+            let start = upper.map_or((self.root, config.levels()), |table| (table, Level::L1));
+            let (cell, spte, level) = self.walk_from(start, gfn);
             if !spte.is_leaf(level) || !config.is_hw_present(spte) {
+                // A fault ends what is cached of the way there.
+                host.cpu.lock().expect("no panic").upper = None;
                 break;
             }
             let wrote = config.permits(spte, Access::WRITE);
             let bits = if wrote { F::ACCESSED | F::DIRTY } else { F::ACCESSED };
             let after = if config.ad_enabled() { spte.with(bits) } else { spte };
             if spte == after || cell.try_change(spte, after).is_ok() {
-                let cached = Some(frame((after, level), gfn));
-                host.cpu.lock().expect("no panic").tlb[gfn.index_in_slot()] = cached;
+                let page = frame((after, level), gfn);
+                assert!(host.may_use(gfn, page), "translated to a page that is not the guest's");
+                host.cpu.lock().expect("no panic").tlb[gfn.index_in_slot()] = Some(page);
                 return Accessed { read: true, wrote };
             }
         }
