@@ -35,6 +35,7 @@ pub mod flush;
 #[expect(unsafe_code, reason = "raw.rs and arena.rs follow pointers; see their heads")]
 pub mod frame;
 pub mod gfn_cache;
+pub mod latency;
 pub mod lock;
 pub mod notify;
 pub mod role;
@@ -46,3 +47,4 @@ pub mod sync;
 pub mod trace;
 pub mod traits;
 pub mod vm;
+pub mod watch;

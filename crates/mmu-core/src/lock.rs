@@ -52,6 +52,32 @@ impl MmuLock {
         }
     }
 
+    /// The same, measured: `before` is called before each wait for an Exclusive holder and `after`,
+    /// with what `before` returned, behind it. A section that opens at once calls neither. Apart
+    /// from [`shared`](Self::shared), whose instructions are counted.
+    ///
+    /// # Panics
+    /// As [`shared`](Self::shared).
+    pub fn shared_measured<'p>(
+        &self,
+        participant: &'p mut Participant,
+        before: impl Fn() -> u64,
+        after: impl Fn(u64),
+    ) -> Shared<'p> {
+        debug_assert!(Arc::ptr_eq(&self.domain, participant.domain()), "another VM's participant");
+        loop {
+            participant.announce();
+            // ORDERING[mmu-writer]: Acquire. As in `shared`.
+            if self.writer.load(Ordering::Acquire) == 0 {
+                return Shared { epoch: EpochGuard::announced(participant) };
+            }
+            participant.retire();
+            let start = before();
+            self.wait_for_writer();
+            after(start);
+        }
+    }
+
     #[cold]
     fn wait_for_writer(&self) {
         // ORDERING[lock-figure]: Relaxed. A figure that orders nothing; read in `contended`.

@@ -12,6 +12,7 @@ use crate::dead::{Dead, DeadReason};
 use crate::epoch::{EpochDomain, EpochError, EpochGuard, GiveUpCpu, Participant};
 use crate::flush::{FlushDebt, FlushScope};
 use crate::frame::{FrameList, MmuCache, OutOfFrames, TablePool};
+use crate::latency::{Latencies, Wait};
 use crate::lock::{MmuLock, Shared};
 use crate::notify::Invalidations;
 use crate::slot::{
@@ -32,6 +33,7 @@ pub struct VmCore<H: Host> {
     pool: TablePool<H>,
     stats: Stats,
     dead: Dead,
+    latency: Latencies,
 }
 
 /// A VM that could not be made.
@@ -76,6 +78,8 @@ impl<H: Host> VmCore<H> {
     ) -> Result<(Arc<Self>, SlotWriter), VmError> {
         let domain = EpochDomain::new(participants, give_up_cpu).map_err(VmError::Epoch)?;
         let stats = Stats::new(participants).ok_or(VmError::NoMemory { participants })?;
+        let measured = if H::ENABLED { participants } else { 0 };
+        let latency = Latencies::new(measured).ok_or(VmError::NoMemory { participants })?;
         let (slots, writer) = SlotTable::new(Arc::clone(&domain), limits);
         let vm = Self {
             lock: MmuLock::new(Arc::clone(&domain)),
@@ -84,6 +88,7 @@ impl<H: Host> VmCore<H> {
             pool: TablePool::new(host, Arc::clone(&domain)),
             stats,
             dead: Dead::new(),
+            latency,
             domain,
         };
         Ok((Arc::new(vm), writer))
@@ -164,6 +169,14 @@ impl<H: Host> VmCore<H> {
         self.dead.mark(reason);
     }
 
+    /// How long threads waited; empty unless the embedder has a clock
+    /// ([`Trace::ENABLED`](crate::trace::Trace::ENABLED)).
+    #[inline]
+    #[must_use]
+    pub fn latency(&self) -> &Latencies {
+        &self.latency
+    }
+
     /// Start the flush of a debt without paying it: the caller waits for the ticket, and only then
     /// may the debt's tables go.
     #[must_use]
@@ -180,8 +193,10 @@ impl<H: Host> VmCore<H> {
         }
         let shard = self.stats.shard(participant.index());
         shard.inc(Counter::FlushRequests);
+        let start = self.now();
         let ticket = self.request(&debt, scope);
         self.host().wait(ticket);
+        self.took(participant.index(), Wait::Flush, start);
         let (tables, changes) = debt.settle();
         shard.add(Counter::FlushPaid, changes);
         self.pool.retire(tables);
@@ -211,7 +226,7 @@ impl<H: Host> VmCore<H> {
             writer.spare().apply_invalid(&change);
             let generation = writer.live().generation() | GENERATION_UPDATING;
             writer.spare().set_generation(generation);
-            writer.publish(&mut actor.participant, &self.notify);
+            self.publish(writer, actor);
             zap(actor, old);
             // Cannot fail: this buffer held as many slots before, and gets no more.
             prepare(writer, 0)?;
@@ -219,8 +234,17 @@ impl<H: Host> VmCore<H> {
         writer.spare().apply(&change);
         let generation = writer.live().next_generation();
         writer.spare().set_generation(generation);
-        writer.publish(&mut actor.participant, &self.notify);
+        self.publish(writer, actor);
         Ok(change)
+    }
+}
+
+impl<H: Host> VmCore<H> {
+    /// Make the spare set live; see [`SlotWriter::publish`].
+    fn publish(&self, writer: &mut SlotWriter, actor: &mut Actor<H>) {
+        let start = self.now();
+        writer.publish(&mut actor.participant, &self.notify);
+        self.took(actor.participant.index(), Wait::Publication, start);
     }
 }
 
@@ -286,6 +310,12 @@ impl<H: Host> Actor<H> {
         &mut self.participant
     }
 
+    /// The VM and the epoch membership at once.
+    #[inline]
+    pub(crate) fn parts(&mut self) -> (&VmCore<H>, &mut Participant) {
+        (&self.vm, &mut self.participant)
+    }
+
     /// This thread's statistics.
     #[inline]
     #[must_use]
@@ -308,7 +338,14 @@ impl<H: Host> Actor<H> {
     pub fn shared(&mut self) -> SharedWork<'_, H> {
         let Self { vm, participant, cache, .. } = self;
         let stats = vm.stats.shard(participant.index());
-        SharedWork { section: vm.lock.shared(participant), cache, vm, stats }
+        let section = if H::ENABLED {
+            let index = participant.index();
+            let after = |start| vm.took(index, Wait::Shared, start);
+            vm.lock.shared_measured(participant, || vm.now(), after)
+        } else {
+            vm.lock.shared(participant)
+        };
+        SharedWork { section, cache, vm, stats }
     }
 
     /// Pin the epoch only: for lookups, aging and fast faults, which take no lock.

@@ -15,6 +15,7 @@ use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::cache::FRAMES_PER_FAULT;
 use mmu_core::frame::{MmuCache, TablePool};
+use mmu_core::latency::Wait;
 use mmu_core::notify::Snapshot;
 use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::cell::SpteCell;
@@ -84,12 +85,35 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     /// # Errors
     /// [`FaultError`]; no entry was changed.
     pub fn fault(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
+        if H::ENABLED {
+            let start = self.mmu.vm().now();
+            let result = self.fault_counted(fault);
+            self.stalled(start, &result);
+            return result;
+        }
+        self.fault_counted(fault)
+    }
+
+    #[inline(always)]
+    fn fault_counted(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
         let mut counted = false;
         let result = self.handle(fault, &mut counted);
         if !counted {
             count(self.actor.stats(), &result);
         }
         result
+    }
+
+    /// Note how long a fault has kept the vCPU from running.
+    fn stalled(&mut self, start: u64, result: &Result<FaultOutcome, FaultError>) {
+        let wait = match result {
+            Ok(FaultOutcome::Fixed) => Wait::FaultFixed,
+            Ok(FaultOutcome::Spurious) => Wait::FaultSpurious,
+            Ok(FaultOutcome::Retry) => Wait::FaultRetry,
+            Ok(_) | Err(_) => Wait::FaultOther,
+        };
+        let index = self.actor.participant().index();
+        self.mmu.vm().took(index, wait, start);
     }
 
     /// Map pages before the guest touches them (KVM row 3.57), without the accessed bit, from

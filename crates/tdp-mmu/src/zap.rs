@@ -127,7 +127,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[doc(alias = "kvm_tdp_mmu_unmap_gfn_range")]
     pub fn unmap(&self, actor: &mut Actor<H>, range: GfnRange) -> ZapReport {
         let vm = self.vm();
-        let invalidation = vm.notify().begin(actor.participant(), range);
+        let invalidation = vm.invalidate(actor.participant(), range);
         let report = self.unmap_in(actor, &invalidation, range);
         drop(invalidation);
         report

@@ -9,6 +9,7 @@
 //! `&mut`; readers share sets that are no longer written to. Only [`table`] publishes.
 
 mod hugepage;
+mod overhead;
 mod request;
 mod rules;
 mod snapshot;
@@ -19,6 +20,7 @@ pub mod track;
 use bitflags::bitflags;
 
 pub use hugepage::max_level;
+pub use overhead::SlotOverhead;
 pub use request::{SlotError, SlotRequest};
 pub use rules::{MAX_SLOT_PAGES, SlotChange, SlotLimits, plan};
 pub use snapshot::{GENERATION_UPDATING, GfnToHvaError, MAX_ADDRESS_SPACES, Memslots};

@@ -274,6 +274,11 @@ impl Memslots {
         }
     }
 
+    /// Bytes allocated.
+    pub(super) fn heap_bytes(&self) -> u64 {
+        self.spaces.iter().map(Space::heap_bytes).sum()
+    }
+
     fn space(&self, as_id: u16) -> Option<&Space> {
         self.spaces.get(..usize::from(self.address_spaces))?.get(usize::from(as_id))
     }

@@ -73,6 +73,16 @@ impl Space {
         self.hosts.try_reserve(additional)
     }
 
+    /// Bytes allocated.
+    pub(super) fn heap_bytes(&self) -> u64 {
+        let each = [
+            self.slots.capacity().saturating_mul(size_of::<Memslot>()),
+            self.ids.capacity().saturating_mul(size_of::<IdEntry>()),
+            self.hosts.capacity().saturating_mul(size_of::<HostEntry>()),
+        ];
+        each.into_iter().map(to_u64).sum()
+    }
+
     /// Become equal to `other`.
     pub(super) fn copy_from(&mut self, other: &Self) {
         copy(&mut self.slots, &other.slots);

@@ -5,6 +5,7 @@ mod geometry;
 mod hugepage;
 mod lookup;
 mod model;
+mod overhead;
 mod publish;
 mod rules;
 mod track;
