@@ -344,7 +344,9 @@ impl DirtyRing {
         &self.entries
     }
 
-    /// A consumer that follows the rules, at the oldest entry that was not harvested.
+    /// A consumer that follows the rules, at the oldest entry that was not harvested: for when no
+    /// other consumer is at work and nobody resets. Else keep one, or its
+    /// [`position`](RingConsumer::position).
     #[must_use]
     pub fn consumer(&self) -> RingConsumer<'_> {
         let freed = self.freed();
@@ -402,7 +404,6 @@ impl DirtyRing {
     }
 
     /// Entries in use: exact for the producer, but for entries that are being freed.
-    #[inline]
     #[must_use]
     pub fn used(&self) -> u64 {
         // First what is freed: it never exceeds what was pushed, not even what is pushed later.
@@ -483,18 +484,15 @@ impl DirtyRing {
     }
 
     /// Entries ever freed.
-    #[inline]
     fn freed(&self) -> u64 {
         // ORDERING[dirty-index]: Acquire. Pairs with the Release in `free`.
         self.reset_index.load(Ordering::Acquire)
     }
 
-    #[inline]
     fn entry(&self, index: u64) -> Option<&RingEntry> {
         self.entries.get(to_index(index) & (self.entries.len() - 1))
     }
 
-    #[inline]
     fn pushed(&self, index: u64) -> Option<&Pushed> {
         self.pushed.get(to_index(index) & (self.pushed.len() - 1))
     }
@@ -563,7 +561,20 @@ impl<'a> RingConsumer<'a> {
     /// A consumer of shared memory, at the entry that is filled first.
     #[must_use]
     pub const fn new(entries: &'a [RingEntry]) -> Self {
-        Self { entries, at: 0 }
+        Self::resume(entries, 0)
+    }
+
+    /// A consumer that goes on after `harvested` pages: another's
+    /// [`position`](Self::position).
+    #[must_use]
+    pub const fn resume(entries: &'a [RingEntry], harvested: u64) -> Self {
+        Self { entries, at: harvested }
+    }
+
+    /// Pages harvested since the ring was made, by this consumer and those that it resumed.
+    #[must_use]
+    pub const fn position(&self) -> u64 {
+        self.at
     }
 }
 
