@@ -449,3 +449,34 @@ fn a_dead_vm_maps_nothing_and_gives_everything_back() {
         guest.finish();
     }
 }
+
+/// Row B64: a guest that goes in and out of system management mode, or turns protections of its own
+/// on and off (no role knows of those), finds its roots and everything in them.
+#[test]
+fn roots_that_are_left_at_a_high_rate_are_never_rebuilt() {
+    let mut guest = Guest::<Ept>::with(Shape { spaces: 2, ..Shape::new(Capabilities::ept()) });
+    let mut management = TdpVcpu::new(&guest.mmu, 1).unwrap();
+    let frames = [guest.vcpu.load_root().unwrap(), management.load_root().unwrap()];
+    for as_id in [0, 1] {
+        let slot = SlotRequest { as_id, ..request(0, BASE, 64, DATA, SlotFlags::empty()) };
+        let _ = guest.set_slot(&slot).unwrap();
+    }
+    guest.map(BASE..BASE + 64, Write, Level::L1);
+    assert_eq!(management.fault(&write(BASE)), Ok(FaultOutcome::Fixed));
+    let state = |guest: &mut Guest<Ept>| {
+        let count = guest.mmu.check(&mut guest.actor).expect("well-formed trees");
+        (count, guest.host().provides(), guest.stat(Counter::PfTaken))
+    };
+    let before = state(&mut guest);
+    for _ in 0..1_000 {
+        guest.vcpu.unload_root();
+        assert_eq!(management.load_root(), Ok(frames[1]));
+        management.unload_root();
+        assert_eq!(guest.vcpu.load_root(), Ok(frames[0]));
+    }
+    assert_eq!(state(&mut guest), before, "nothing made, nothing mapped again");
+    assert!(guest.found(BASE + 63).is_some_and(|found| found.writable));
+    assert!(guest.host().take_batches().iter().all(|batch| batch.tables.is_empty()));
+    drop(management);
+    guest.finish();
+}

@@ -18,6 +18,14 @@ impl<F: SpteFormat> SpteConfig<F> {
         spte.is_mmu_present() && self.reserved.is_hw_present(spte.raw())
     }
 
+    /// Do two leaves of a frame agree in memory type and encryption? If not, one may not become the
+    /// other in place: a TLB would go on with the old kind.
+    #[inline]
+    #[must_use]
+    pub const fn same_memory(&self, a: Spte, b: Spte) -> bool {
+        (a.raw() ^ b.raw()) & (F::MEMORY_TYPE | self.me_mask) == 0
+    }
+
     /// Could hardware report an access through the entry to the guest, as a virtualization
     /// exception, where the MMU expects an exit? True if suppress-#VE is clear, except in the
     /// pattern W+X, which is a misconfiguration and exits whatever bit 63 says (KVM row 1.3).

@@ -142,3 +142,43 @@ fn losing_mmu_writable_owes_a_flush_even_without_w() {
     assert!(!config.leaf_flush_needed(protected, leaf));
     assert!(!config.leaf_flush_needed(leaf, config.age(leaf)));
 }
+
+#[test]
+fn leaves_of_other_memory_are_told_apart_whatever_they_permit() {
+    let encrypted =
+        Capabilities { memory_encryption: Some((1 << 45, 1 << 45)), ..Capabilities::ept() };
+    let config = config::<Ept>(encrypted);
+    let plain = LeafSpec::new(Pfn::new(7), Level::L1);
+    for spec in all_specs(Pfn::new(7), Level::L1) {
+        let leaf = config.leaf(&spec);
+        if leaf == Spte::INVALID {
+            continue;
+        }
+        // The configuration's type ignores the PAT, the one that the specs name does not.
+        let same = spec.memory_type.is_none() && !spec.host_mmio;
+        assert_eq!(config.same_memory(leaf, config.leaf(&plain)), same, "{spec:?}");
+        assert!(config.same_memory(leaf, config.age(leaf)));
+    }
+}
+
+/// KVM row 1.23: PWT, PCD and PAT of entries that are not EPT stay 0, whatever is asked for.
+#[test]
+fn nested_and_legacy_leaves_name_no_memory_type() {
+    fn run<F: SpteFormat>(caps: Capabilities) {
+        let config = config::<F>(caps);
+        for level in [Level::L1, Level::L2, Level::L3] {
+            let pat = if level == Level::L1 { 7 } else { 12 };
+            for mut spec in all_specs(Pfn::new(level.pages() * 3), level) {
+                if spec.memory_type.is_some() {
+                    spec.memory_type =
+                        Some(MemType { cache: memtype::Cache::WriteProtected, ..MemType::WB });
+                }
+                let raw = config.leaf(&spec).raw();
+                let no_type = [3, 4, pat].iter().all(|bit| raw >> bit & 1 == 0);
+                assert!(no_type || raw == Spte::INVALID.raw(), "{} {spec:?}: {raw:#x}", F::NAME);
+            }
+        }
+    }
+    run::<Npt>(Capabilities::npt());
+    run::<Legacy>(Capabilities::legacy());
+}
