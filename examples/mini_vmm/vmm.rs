@@ -389,6 +389,11 @@ impl<F: SpteFormat> VmmVcpu<F> {
                 }
                 Err(format!("guest access at {gva:#x} must be emulated: {reason}").into())
             }
+            FaultOutcome::RingFull => {
+                // Whoever harvests makes room.
+                std::thread::yield_now();
+                Ok(())
+            }
             FaultOutcome::WriteProtected => {
                 Err(format!("guest write at {gva:#x} hit a write-protected page").into())
             }

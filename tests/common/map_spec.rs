@@ -171,9 +171,12 @@ impl Map {
             tracked: false,
             accessed: old.accessed || old.tracked,
             writable: old.writable || gains_write,
+            // Where no processor tells, the fault that lets a write pass does.
+            dirty: old.dirty || (gains_write && !self.rules.ad),
             ..old
         };
-        if !permits(&new, fault.write) || (new.writable && !old.writable && slot.log) {
+        let gained = new.writable && !old.writable;
+        if !permits(&new, fault.write) || (gained && slot.log && old.level > 1) {
             return None;
         }
         self.spaces[usize::from(fault.space)].insert(first, new);
@@ -203,11 +206,11 @@ impl Map {
         let first = fault.gfn & !(pages(goal) - 1);
         let old = self.leaf(fault.space, fault.gfn).filter(|(_, old)| old.level == goal);
         let writable = page.writable && !slot.read_only;
-        let at_once = writable && (!slot.log || fault.write);
+        let at_once = writable && (!slot.log || (fault.write && !fault.prefetch));
         let tracked = fault.prefetch && !self.rules.ad;
         // Smaller pages may have been written, and go without a report.
         let replaces = self.below.contains(&(fault.space, goal, first));
-        let new = Leaf {
+        let mut new = Leaf {
             level: goal,
             pfn: slot.pfn + (first - slot.base),
             writable: at_once && !tracked,
@@ -221,6 +224,10 @@ impl Map {
             let same = fault.prefetch || permits(&old, fault.write);
             if same || new == old || !permits(&new, fault.write) {
                 return Outcome::Spurious;
+            }
+            if old.host_writable == new.host_writable && old.may_write && new.may_write {
+                new.writable |= old.writable;
+                new.dirty |= old.dirty;
             }
         }
         let space = &mut self.spaces[usize::from(fault.space)];
@@ -245,6 +252,33 @@ impl Map {
         for index in 0..512 {
             let offset = index * pages(level);
             leaves.insert(first + offset, Leaf { level, pfn: huge.pfn + offset, ..huge });
+        }
+    }
+
+    /// Tables that [`log`](Self::log) needs.
+    pub fn splits_for_log(&self, space: u8, slot: &Slot) -> u64 {
+        let leaf = |first| self.leaf(space, first).map_or(1, |(_, leaf)| leaf.level);
+        let levels = self.overlapping(space, slot.base, slot.base + slot.pages);
+        levels.into_iter().map(|first| [0, 1, 513][usize::from(leaf(first) - 1)]).sum()
+    }
+
+    /// Writes to a slot begin to be logged: small pages, which the guest may not write yet.
+    pub fn log(&mut self, space: u8, slot: &Slot) {
+        if slot.read_only {
+            return;
+        }
+        let range = (slot.base, slot.base + slot.pages);
+        for _ in 0..2 {
+            for first in self.overlapping(space, range.0, range.1) {
+                if self.leaf(space, first).is_some_and(|(_, leaf)| leaf.level > 1) {
+                    self.split(space, first, first);
+                }
+            }
+        }
+        for first in self.overlapping(space, range.0, range.1) {
+            if let Some(leaf) = self.spaces[usize::from(space)].get_mut(&first) {
+                leaf.writable = false;
+            }
         }
     }
 

@@ -70,6 +70,9 @@ pub enum Op {
     },
 }
 
+/// Tables that logging one slot may take; the pool is not endless, and neither is a test.
+const MOST_SPLITS: u64 = 40;
+
 /// Places where slots may be: two blocks of 2 GiB, the second at an odd distance, and the very
 /// bottom.
 const PLACES: [u64; 4] = [BASE, BASE + 6 * G1, 0, BASE + 9 * G1 + 3 * M2 + 5];
@@ -453,8 +456,14 @@ impl<F: Modelled> World<F> {
         for space in Self::spaces(id) {
             let Some(slot) = self.spec.slots.get(&(space, id)).copied() else { continue };
             let new = Slot { log, ..slot };
+            if log && self.spec.splits_for_log(space, &slot) > MOST_SPLITS {
+                continue;
+            }
             assert!(self.request(space, id, Some(&new)), "flags of {id}");
             self.spec.slots.insert((space, id), new);
+            if log && !slot.log {
+                self.spec.log(space, &new);
+            }
         }
     }
 

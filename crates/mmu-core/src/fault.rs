@@ -90,6 +90,10 @@ pub enum FaultOutcome {
     Emulate(EmulateReason),
     /// The gfn is write-protected for shadowing: unprotect or emulate.
     WriteProtected,
+    /// The vCPU's dirty ring is full, so nothing was made writable: have it harvested and reset,
+    /// then try again (KVM row 3.47).
+    #[doc(alias = "KVM_EXIT_DIRTY_RING_FULL")]
+    RingFull,
 }
 
 /// Why an access must be emulated; names the values.

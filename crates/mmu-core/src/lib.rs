@@ -22,6 +22,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod access;
+pub mod actor;
 pub mod addr;
 pub mod async_page;
 pub mod attributes;

@@ -58,6 +58,8 @@ counters! {
     PfEmulate = "pf_emulate",
     /// Faults on a gfn that is write-protected for shadowing.
     PfWriteProtected = "pf_write_protected",
+    /// Faults that found the vCPU's dirty ring full.
+    PfRingFull = "pf_ring_full",
     /// Faults that ended in an error.
     PfError = "pf_error",
     /// Compare-exchanges lost on entries (faults, zaps).
@@ -80,6 +82,8 @@ counters! {
     FlushRequests = "flush_requests",
     /// Times long work closed its section to let others proceed.
     Yields = "yields",
+    /// Pages of logged slots that were marked dirty, by faults and by the host.
+    PagesMarkedDirty = "pages_marked_dirty",
     /// Slot lookups that missed the per-thread copy.
     SlotLookups = "slot_lookups",
     /// Largest number of entries that long work visited between two points where others may

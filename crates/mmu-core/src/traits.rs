@@ -34,6 +34,12 @@ pub trait TlbFlush {
 
     /// Wait until the flush is complete.
     fn wait(&self, ticket: Self::Ticket);
+
+    /// Make every vCPU hand over its hardware log, complete when this returns: each one leaves the
+    /// guest and calls `TdpVcpu::log_hardware`. For embedders whose CPUs have such a log and that
+    /// ask the MMU to use it; others need not implement it.
+    #[doc(alias = "kvm_arch_sync_dirty_log")]
+    fn sync_hardware_log(&self) {}
 }
 
 /// A host page that backs a guest frame.

@@ -1,25 +1,28 @@
-//! What all MMUs of one VM share, and the handle through which a thread uses it.
+//! What all MMUs of one VM share.
 //!
-//! Owns [`VmCore`] (lock, slots, invalidations, frames, statistics, embedder) and [`Actor`] (a
-//! thread's epoch record, its frame cache, its copy of the slot it used last). Here too: paying a
-//! [`FlushDebt`], and the protocol of a slot change (KVM row 6.6).
+//! Owns [`VmCore`]: lock, slots, invalidations, frames, logs, statistics, embedder. Here too:
+//! paying a [`FlushDebt`], and the protocol of a slot change (KVM row 6.6). A thread uses it
+//! through its [`Actor`].
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt;
+use core::ops::Range;
 
-use crate::addr::{Gfn, Pfn};
+pub use crate::actor::{Actor, FoundSlot, MarkError, PinnedWork, SharedWork, SlotCopy, mark};
 use crate::dead::{Dead, DeadReason};
-use crate::epoch::{EpochDomain, EpochError, EpochGuard, GiveUpCpu, Participant};
+use crate::dirty::DirtyRing;
+use crate::epoch::{EpochDomain, EpochError, GiveUpCpu, Participant};
 use crate::flush::{FlushDebt, FlushScope};
-use crate::frame::{FrameList, MmuCache, OutOfFrames, TablePool};
+use crate::frame::TablePool;
 use crate::latency::{Latencies, Wait};
-use crate::lock::{MmuLock, Shared};
+use crate::lock::MmuLock;
 use crate::notify::Invalidations;
 use crate::slot::{
-    GENERATION_UPDATING, Memslot, SlotChange, SlotError, SlotLimits, SlotRequest, SlotTable,
-    SlotWriter, plan,
+    DirtyLog, GENERATION_UPDATING, LogOptions, Memslot, SlotChange, SlotError, SlotLimits,
+    SlotMeta, SlotRequest, SlotTable, SlotWriter, plan,
 };
-use crate::stats::{Counter, Stats, StatsShard};
+use crate::stats::{Counter, Stats};
 use crate::traits::Host;
 
 /// The memory side of a VM.
@@ -34,6 +37,9 @@ pub struct VmCore<H: Host> {
     stats: Stats,
     dead: Dead,
     latency: Latencies,
+    log: LogOptions,
+    /// One for each participant, or none.
+    rings: Vec<DirtyRing>,
 }
 
 /// A VM that could not be made.
@@ -42,6 +48,13 @@ pub struct VmCore<H: Host> {
 pub enum VmError {
     /// The epoch domain could not be made.
     Epoch(EpochError),
+    /// No memory for a dirty ring for each participant.
+    NoMemoryForRings {
+        /// Participants asked for.
+        participants: usize,
+        /// Bytes of each ring.
+        bytes: u64,
+    },
     /// No memory for the statistics of that many participants.
     NoMemory {
         /// Participants asked for.
@@ -53,6 +66,9 @@ impl fmt::Display for VmError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Epoch(error) => error.fmt(f),
+            Self::NoMemoryForRings { participants, bytes } => {
+                write!(f, "no memory for {participants} dirty rings of {bytes} bytes")
+            }
             Self::NoMemory { participants } => {
                 write!(f, "no memory for the statistics of {participants} participants")
             }
@@ -76,6 +92,20 @@ impl<H: Host> VmCore<H> {
         limits: SlotLimits,
         give_up_cpu: GiveUpCpu,
     ) -> Result<(Arc<Self>, SlotWriter), VmError> {
+        Self::with_log(host, participants, limits, give_up_cpu, LogOptions::default())
+    }
+
+    /// The same, with other than the default dirty logs.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_log(
+        host: H,
+        participants: usize,
+        limits: SlotLimits,
+        give_up_cpu: GiveUpCpu,
+        log: LogOptions,
+    ) -> Result<(Arc<Self>, SlotWriter), VmError> {
         let domain = EpochDomain::new(participants, give_up_cpu).map_err(VmError::Epoch)?;
         let stats = Stats::new(participants).ok_or(VmError::NoMemory { participants })?;
         let measured = if H::ENABLED { participants } else { 0 };
@@ -89,6 +119,8 @@ impl<H: Host> VmCore<H> {
             stats,
             dead: Dead::new(),
             latency,
+            rings: rings(participants, &log)?,
+            log,
             domain,
         };
         Ok((Arc::new(vm), writer))
@@ -100,7 +132,7 @@ impl<H: Host> VmCore<H> {
     /// [`EpochError::Full`] when all participants exist.
     pub fn actor(self: &Arc<Self>) -> Result<Actor<H>, EpochError> {
         let participant = self.domain.register()?;
-        Ok(Actor { vm: Arc::clone(self), participant, cache: MmuCache::new(), slot: None })
+        Ok(Actor::new(Arc::clone(self), participant))
     }
 
     /// What waits do when they last long.
@@ -142,6 +174,21 @@ impl<H: Host> VmCore<H> {
     #[must_use]
     pub fn pool(&self) -> &TablePool<H> {
         &self.pool
+    }
+
+    /// How writes are logged.
+    #[inline]
+    #[must_use]
+    pub fn log_options(&self) -> &LogOptions {
+        &self.log
+    }
+
+    /// The dirty rings, one for each participant by its index; none if the VM has no rings. A
+    /// ring's entries are shared with its consumer; its producer is the participant.
+    #[inline]
+    #[must_use]
+    pub fn rings(&self) -> &[DirtyRing] {
+        &self.rings
     }
 
     /// Statistics, summed over all threads.
@@ -217,10 +264,46 @@ impl<H: Host> VmCore<H> {
         request: &SlotRequest,
         zap: impl FnOnce(&mut Actor<H>, &Memslot),
     ) -> Result<SlotChange, SlotError> {
-        let change = plan(writer.live(), writer.limits(), request)?;
+        self.change_slot(writer, actor, request, None, zap)
+    }
+
+    /// The same; of a slot with [`SlotFlags::LOG_DIRTY`](crate::slot::SlotFlags::LOG_DIRTY) only
+    /// `pages`, counted from its first page, are logged. A log that the slot has already is
+    /// replaced when `pages` differs.
+    ///
+    /// # Errors
+    /// As [`set_slot`](Self::set_slot); [`SlotError::LogRange`] when the slot has no such pages.
+    pub fn set_slot_logging(
+        &self,
+        writer: &mut SlotWriter,
+        actor: &mut Actor<H>,
+        request: &SlotRequest,
+        pages: Range<u64>,
+        zap: impl FnOnce(&mut Actor<H>, &Memslot),
+    ) -> Result<SlotChange, SlotError> {
+        self.change_slot(writer, actor, request, Some(pages), zap)
+    }
+
+    fn change_slot(
+        &self,
+        writer: &mut SlotWriter,
+        actor: &mut Actor<H>,
+        request: &SlotRequest,
+        logged: Option<Range<u64>>,
+        zap: impl FnOnce(&mut Actor<H>, &Memslot),
+    ) -> Result<SlotChange, SlotError> {
+        let mut change = plan(writer.live(), writer.limits(), request)?;
+        let before = writer.live().meta(request.as_id, request.id).cloned().unwrap_or_default();
+        let now = writer.live().by_id(request.as_id, request.id).copied();
+        if let (SlotChange::Nothing, Some(slot), Some(pages)) = (change, now, &logged) {
+            if slot.logs_dirty() && before.log().is_none_or(|log| log.pages() != *pages) {
+                change = SlotChange::Flags { old: slot, new: slot };
+            }
+        }
         if change == SlotChange::Nothing {
             return Ok(change);
         }
+        let meta = self.meta_after(&change, before, logged)?;
         prepare(writer, 1)?;
         if let SlotChange::Delete(old) | SlotChange::Move { old, .. } = &change {
             writer.spare().apply_invalid(&change);
@@ -232,11 +315,54 @@ impl<H: Host> VmCore<H> {
             prepare(writer, 0)?;
         }
         writer.spare().apply(&change);
+        if change.after().is_some() {
+            // Cannot fail: sets have room for the parts of every slot.
+            writer.spare().set_meta(request.as_id, request.id, meta)?;
+        }
         let generation = writer.live().next_generation();
         writer.spare().set_generation(generation);
         self.publish(writer, actor);
         Ok(change)
     }
+
+    /// What the slot carries after a change: a log that it had stays, unless other pages are asked
+    /// for; one that it needs is made.
+    fn meta_after(
+        &self,
+        change: &SlotChange,
+        before: SlotMeta,
+        logged: Option<Range<u64>>,
+    ) -> Result<SlotMeta, SlotError> {
+        let Some(new) = change.after() else { return Ok(SlotMeta::default()) };
+        if !new.logs_dirty() {
+            return Ok(before.with_log(None));
+        }
+        let all = 0..new.npages;
+        let kept = before.log().map(|log| log.pages());
+        let pages = logged.or_else(|| kept.clone()).unwrap_or(all);
+        if pages.is_empty() || pages.end > new.npages {
+            let Range { start, end } = pages;
+            return Err(SlotError::LogRange { start, end, pages: new.npages });
+        }
+        if kept.as_ref() == Some(&pages) {
+            return Ok(before);
+        }
+        let log = DirtyLog::new(pages, &self.log)
+            .map_err(|error| SlotError::NoMemoryForLog { bytes: error.bytes })?;
+        Ok(before.with_log(Some(Arc::new(log))))
+    }
+}
+
+/// The rings that the options ask for.
+fn rings(participants: usize, log: &LogOptions) -> Result<Vec<DirtyRing>, VmError> {
+    let Some(size) = log.ring else { return Ok(Vec::new()) };
+    let no_memory = VmError::NoMemoryForRings { participants, bytes: size.bytes() };
+    let mut rings = Vec::new();
+    rings.try_reserve_exact(participants).map_err(|_| no_memory)?;
+    for _ in 0..participants {
+        rings.push(DirtyRing::new(size).map_err(|_| no_memory)?);
+    }
+    Ok(rings)
 }
 
 impl<H: Host> VmCore<H> {
@@ -264,204 +390,6 @@ impl<H: Host> fmt::Debug for VmCore<H> {
             .field("slots", &self.slots)
             .field("notify", &self.notify)
             .field("pool", &self.pool)
-            .finish_non_exhaustive()
-    }
-}
-
-/// A copy of a slot, and of which set it is.
-#[derive(Clone, Copy, Debug)]
-struct SlotCopy {
-    slot: Memslot,
-    generation: u64,
-}
-
-/// A slot as a fault found it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FoundSlot {
-    /// The slot, or `None` where the guest has no memory.
-    pub slot: Option<Memslot>,
-    /// Generation of the set it is from; check it with [`VmCore::slots`] inside the section in
-    /// which it is used.
-    pub generation: u64,
-}
-
-/// A thread's handle on a VM: a vCPU, an ager, a notifier.
-///
-/// Having an `Actor` tells you: this thread has an epoch record of its own, and borrowing the
-/// actor mutably proves that none of its sections is open.
-pub struct Actor<H: Host> {
-    vm: Arc<VmCore<H>>,
-    participant: Participant,
-    cache: MmuCache,
-    slot: Option<SlotCopy>,
-}
-
-impl<H: Host> Actor<H> {
-    /// The VM.
-    #[inline]
-    #[must_use]
-    pub fn vm(&self) -> &Arc<VmCore<H>> {
-        &self.vm
-    }
-
-    /// The epoch membership.
-    #[inline]
-    pub fn participant(&mut self) -> &mut Participant {
-        &mut self.participant
-    }
-
-    /// The VM and the epoch membership at once.
-    #[inline]
-    pub(crate) fn parts(&mut self) -> (&VmCore<H>, &mut Participant) {
-        (&self.vm, &mut self.participant)
-    }
-
-    /// This thread's statistics.
-    #[inline]
-    #[must_use]
-    pub fn stats(&self) -> &StatsShard {
-        self.vm.stats.shard(self.participant.index())
-    }
-
-    /// Make sure that `min` table frames can be taken. Call with no section open, which the
-    /// mutable borrow proves.
-    ///
-    /// # Errors
-    /// [`OutOfFrames`]; nothing changed.
-    #[inline]
-    pub fn top_up(&mut self, min: usize) -> Result<(), OutOfFrames> {
-        self.cache.top_up(&self.vm.pool, min)
-    }
-
-    /// Open a Shared section, with what work inside it needs.
-    #[inline(always)]
-    pub fn shared(&mut self) -> SharedWork<'_, H> {
-        let Self { vm, participant, cache, .. } = self;
-        let stats = vm.stats.shard(participant.index());
-        let section = if H::ENABLED {
-            let index = participant.index();
-            let after = |start| vm.took(index, Wait::Shared, start);
-            vm.lock.shared_measured(participant, || vm.now(), after)
-        } else {
-            vm.lock.shared(participant)
-        };
-        SharedWork { section, cache, vm, stats }
-    }
-
-    /// Pin the epoch only: for lookups, aging and fast faults, which take no lock.
-    #[inline(always)]
-    pub fn pinned(&mut self) -> PinnedWork<'_, H> {
-        let Self { vm, participant, .. } = self;
-        let stats = vm.stats.shard(participant.index());
-        PinnedWork { section: participant.pin(), vm, stats }
-    }
-
-    /// Take a frame that [`top_up`](Self::top_up) provided.
-    #[inline]
-    pub fn take_frame(&mut self) -> Option<Pfn> {
-        self.cache.take()
-    }
-
-    /// Put a frame back that was not linked and is still empty.
-    pub fn put_frame(&mut self, frame: Pfn) {
-        if let Some(frame) = self.cache.put(frame) {
-            let mut list = FrameList::new();
-            list.push(self.vm.host(), frame);
-            self.vm.pool.give_back(list);
-        }
-    }
-
-    /// The slot that holds `gfn` in address space `space`. Costs two loads when it is the slot of
-    /// the last call and no slot changed since.
-    #[inline]
-    #[must_use]
-    pub fn find_slot(&mut self, space: u16, gfn: Gfn) -> FoundSlot {
-        match self.slot {
-            Some(copy) if self.is_current(&copy, space, gfn) => {
-                FoundSlot { slot: Some(copy.slot), generation: copy.generation }
-            }
-            _ => self.look_up_slot(space, gfn),
-        }
-    }
-
-    #[inline(always)]
-    fn is_current(&self, copy: &SlotCopy, space: u16, gfn: Gfn) -> bool {
-        let fits = copy.slot.contains(gfn) && copy.slot.as_id == space;
-        fits && copy.generation == self.vm.slots.generation()
-    }
-
-    /// Find the slot that holds `gfn` in address space `space` and keep it; `false` where the guest
-    /// has no memory. [`kept_slot`](Self::kept_slot) is then it, without a copy.
-    #[inline(always)]
-    #[must_use]
-    pub fn keep_slot(&mut self, space: u16, gfn: Gfn) -> bool {
-        let current = self.slot.as_ref().is_some_and(|copy| self.is_current(copy, space, gfn));
-        current || self.look_up_slot(space, gfn).slot.is_some()
-    }
-
-    /// The slot of the last successful [`keep_slot`](Self::keep_slot), and the generation of the
-    /// set it is from; check that with [`VmCore::slots`] inside the section in which it is used.
-    #[inline(always)]
-    #[must_use]
-    pub fn kept_slot(&self) -> Option<(&Memslot, u64)> {
-        self.slot.as_ref().map(|copy| (&copy.slot, copy.generation))
-    }
-
-    #[cold]
-    fn look_up_slot(&mut self, space: u16, gfn: Gfn) -> FoundSlot {
-        self.stats().inc(Counter::SlotLookups);
-        let section = self.participant.pin();
-        let slots = self.vm.slots.read(&section);
-        let generation = slots.generation();
-        let slot = slots.find(space, gfn).copied();
-        drop(section);
-        if let Some(slot) = slot {
-            self.slot = Some(SlotCopy { slot, generation });
-        }
-        FoundSlot { slot, generation }
-    }
-
-    /// Pay a debt; see [`VmCore::pay`].
-    pub fn pay(&mut self, debt: FlushDebt, scope: FlushScope) {
-        self.vm.pay(&mut self.participant, debt, scope);
-    }
-}
-
-/// An open Shared section and its tools.
-#[derive(Debug)]
-pub struct SharedWork<'a, H: Host> {
-    /// The section; ends when this drops.
-    pub section: Shared<'a>,
-    /// The thread's frames.
-    pub cache: &'a mut MmuCache,
-    /// The VM.
-    pub vm: &'a VmCore<H>,
-    /// The thread's statistics.
-    pub stats: &'a StatsShard,
-}
-
-/// An open epoch section and its tools.
-#[derive(Debug)]
-pub struct PinnedWork<'a, H: Host> {
-    /// The section; ends when this drops.
-    pub section: EpochGuard<'a>,
-    /// The VM.
-    pub vm: &'a VmCore<H>,
-    /// The thread's statistics.
-    pub stats: &'a StatsShard,
-}
-
-impl<H: Host> Drop for Actor<H> {
-    fn drop(&mut self) {
-        self.cache.drain(&self.vm.pool);
-    }
-}
-
-impl<H: Host> fmt::Debug for Actor<H> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Actor")
-            .field("index", &self.participant.index())
-            .field("cached_frames", &self.cache.len())
             .finish_non_exhaustive()
     }
 }

@@ -1,9 +1,9 @@
 //! Aging without a lock: read and clear accessed bits, a table at a time.
 //!
 //! Implements [`AgeRange`] for [`TdpMmu`] (KVM rows 5.1 to 5.9, 5.13). Only an epoch is pinned, for
-//! at most [`SLICE_ENTRIES`] entries at a time, so aging never waits for the MMU lock and holds
-//! nobody up. Each clearing is one compare-exchange without retry: a lost one means that the entry
-//! is in use or going away, and counts as young (race table R1 to R13).
+//! at most [`SLICE_ENTRIES`](crate::zap::SLICE_ENTRIES) entries at a time, so aging never waits for
+//! the MMU lock and holds nobody up. Each clearing is one compare-exchange without retry: a lost
+//! one means that the entry is in use or going away, and counts as young (race table R1 to R13).
 
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::flush::{FlushDebt, FlushScope};
@@ -18,7 +18,7 @@ use crate::iter::{Cursor, LeafTable, Step, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::RootFilter;
 use crate::scan;
-use crate::zap::SLICE_ENTRIES;
+use crate::slice::{self, Found};
 
 impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
     type Reader = Actor<H>;
@@ -100,7 +100,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let work = reader.pinned();
             let Some(root) = self.roots().get(index, RootFilter::Valid) else { return report };
             let pool = work.vm.pool();
-            let change = Change { config: self.config(), vm: work.vm, stats: work.stats };
+            let change = self.change(work.vm, work.stats, &work.section, root.role.space());
             let iter = TdpIter::resume(pool, &work.section, root.frame, root.role.level(), cursor)
                 .with_encryption(self.config().encryption_mask());
             let done = report.get_or_insert(AgeReport::empty(job.range.end));
@@ -128,25 +128,16 @@ struct Slice<'a, F: SpteFormat, H: Host, S: AgeSink> {
 
 impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
     /// Age until the walk ends (`None`) or the section has lasted long enough.
-    fn run(&mut self, mut iter: TdpIter<'_, H>) -> Option<Cursor> {
-        let mut visited = 0;
-        while let Some(step) = iter.next() {
-            if visited >= SLICE_ENTRIES {
-                match iter.suspend() {
-                    Ok(cursor) => return Some(cursor),
-                    Err(same) => iter = same,
-                }
-            }
-            visited += 1;
+    fn run(&mut self, iter: TdpIter<'_, H>) -> Option<Cursor> {
+        slice::run(iter, self.job.range, |_, found| {
             self.report.entries += 1;
-            if let Some(table) = iter.leaf_table(&step, self.job.range) {
-                visited += table.count;
-                self.table(&table);
-            } else if step.spte.is_leaf(step.level) {
-                self.huge(&step);
+            match found {
+                Found::Table(table) => self.table(&table),
+                Found::Entry(step) if step.spte.is_leaf(step.level) => self.huge(&step),
+                Found::Entry(_) => {}
             }
-        }
-        None
+            0
+        })
     }
 
     fn huge(&mut self, step: &Step<'_>) {

@@ -7,8 +7,9 @@
 //!
 //! Who may write the same entry at the same moment, and why nothing is lost: `docs/LOCKING.md`.
 
-use mmu_core::addr::{Gfn, GfnRange, Level, Pfn, to_index};
+use mmu_core::addr::{Gfn, GfnRange, Level, Pfn, to_index, to_u64};
 use mmu_core::dead::DeadReason;
+use mmu_core::epoch::EpochGuard;
 use mmu_core::flush::FlushDebt;
 use mmu_core::frame::{PageTable, TablePool};
 use mmu_core::spte::cell::SpteCell;
@@ -21,6 +22,7 @@ use mmu_core::vm::VmCore;
 
 use arrayvec::ArrayVec;
 
+use crate::dirty::DirtyTracking;
 use crate::zap::ZapReport;
 
 /// A thread's means to change entries.
@@ -29,6 +31,10 @@ pub(crate) struct Change<'a, F: SpteFormat, H: Host> {
     pub(crate) config: &'a SpteConfig<F>,
     pub(crate) vm: &'a VmCore<H>,
     pub(crate) stats: &'a StatsShard,
+    pub(crate) section: &'a EpochGuard<'a>,
+    /// Address space of the tree.
+    pub(crate) space: u16,
+    pub(crate) tracking: DirtyTracking,
 }
 
 /// Leaves taken out of a level-1 table and not accounted for yet.
@@ -52,6 +58,20 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     #[inline(always)]
     pub(crate) fn pool(&self) -> &'a TablePool<H> {
         self.vm.pool()
+    }
+
+    /// A dirty leaf went away. Where its D bit was the log, the log gets a mark instead; after the
+    /// leaf was taken out, so that no harvest sees neither.
+    #[inline(always)]
+    pub(crate) fn keep_dirty(&self, gfn: Gfn, pages: u64) {
+        if self.tracking == DirtyTracking::DirtyBit {
+            self.mark_log(GfnRange::from_len(gfn, pages));
+        }
+    }
+
+    #[cold]
+    fn mark_log(&self, range: GfnRange) {
+        let _ = self.vm.slots().read(self.section).mark_dirty(self.space, range);
     }
 
     /// Tell who wants to know; nothing is put together if nobody does.
@@ -179,6 +199,9 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
                     #[cfg(not(busted = "zap_without_flush"))]
                     self.owe(debt, GfnRange::from_len(gfn, level.pages()));
                     self.stats.inc(Counter::LeavesZapped);
+                    if self.config.is_dirty(old) {
+                        self.keep_dirty(gfn, level.pages());
+                    }
                     return Some(old);
                 }
                 Err(current) => old = current,
@@ -222,6 +245,9 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
             }
         }
         taken.report.add_word(gone, young, dirty);
+        if self.tracking == DirtyTracking::DirtyBit && dirty != 0 {
+            self.keep_dirty_word(base, dirty);
+        }
         while gone != 0 {
             let first = gone.trailing_zeros();
             let count = (gone >> first).trailing_ones();
@@ -233,6 +259,15 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
             taken.run.end = start.saturating_add(u64::from(count));
             // Shifted in two steps: together they may be all 64.
             gone &= (u64::MAX << first) << (count - 1) << 1;
+        }
+    }
+
+    /// As [`keep_dirty`](Self::keep_dirty), for the pages of `dirty`.
+    #[cold]
+    fn keep_dirty_word(&self, base: Gfn, mut dirty: u64) {
+        while dirty != 0 {
+            self.keep_dirty(base.saturating_add(u64::from(dirty.trailing_zeros())), 1);
+            dirty &= dirty - 1;
         }
     }
 
@@ -288,6 +323,11 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
             if old.is_leaf(level) {
                 report.add_leaf(self.config, old, level);
                 self.stats.inc(Counter::LeavesZapped);
+                if self.tracking == DirtyTracking::DirtyBit && self.config.is_dirty(old) {
+                    let (first, _) = pool.place(frame);
+                    let offset = to_u64(index).saturating_mul(level.pages());
+                    self.keep_dirty(first.saturating_add(offset), level.pages());
+                }
             } else if let (true, Some(below)) = (old.is_table(level), level.down()) {
                 stack.push((self.config.pfn(old), below, 0));
             }

@@ -6,6 +6,7 @@
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::Level;
 use mmu_core::dead::DeadReason;
+use mmu_core::dirty::DirtyRing;
 use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
 use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
@@ -13,7 +14,6 @@ use mmu_core::stats::Counter;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
-use crate::change::Change;
 use crate::mmu::TdpMmu;
 use crate::recent::Recent;
 use crate::root::RootRef;
@@ -78,18 +78,17 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if !actor.keep_slot(space, fault.gfn()) {
             return FastPath::Slow;
         }
-        let Some((flags, generation)) = actor.kept_slot().map(|(s, known)| (s.flags, known)) else {
-            return FastPath::Slow;
-        };
         let work = actor.pinned();
+        let Some(kept) = work.slot else { return FastPath::Slow };
+        let flags = kept.slot().flags;
         let config = self.config();
-        if !self.roots().is_valid(root) || work.vm.slots().generation() != generation {
+        if !self.roots().is_valid(root) || work.vm.slots().generation() != kept.generation() {
             return FastPath::Slow;
         }
         if flags.contains(SlotFlags::INVALID) {
             return FastPath::Slow;
         }
-        let change = Change { config, vm: work.vm, stats: work.stats };
+        let change = self.change(work.vm, work.stats, &work.section, space);
         for _ in 0..MAX_TRIES {
             let pool = work.vm.pool();
             let step = self.last_step(pool, &work.section, recent, root, fault.gfn());
@@ -101,15 +100,22 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 return FastPath::Outcome(FaultOutcome::Spurious);
             }
             let new = fixed(config, old, fault.access());
-            // Until dirty logging lands, a logged slot goes the slow way, which is exact.
             let gains_write = config.is_writable(new) && !config.is_writable(old);
-            let huge_read_only = step.level > Level::L1 && flags.contains(SlotFlags::READ_ONLY);
-            if (gains_write && (flags.contains(SlotFlags::LOG_DIRTY) || huge_read_only))
-                || !config.permits(new, fault.access())
-            {
+            // A huge leaf that is written while its slot is logged is split, which takes a frame.
+            let huge = step.level > Level::L1
+                && flags.intersects(SlotFlags::READ_ONLY | SlotFlags::LOG_DIRTY);
+            if (gains_write && huge) || !config.permits(new, fault.access()) {
+                return FastPath::Slow;
+            }
+            let mark = gains_write && self.must_mark(kept, fault.gfn());
+            if mark && work.ring.is_some_and(DirtyRing::is_full) {
                 return FastPath::Slow;
             }
             if change.set(step.cell, old, new, step.level).is_ok() {
+                // After the exchange: a harvest that misses the mark has not looked at the entry.
+                if mark {
+                    self.mark_write(Some(kept), work.ring, work.stats, fault.gfn());
+                }
                 work.stats.inc(Counter::PfFast);
                 return FastPath::Outcome(FaultOutcome::Fixed);
             }
@@ -151,6 +157,12 @@ fn fixed<F: SpteFormat>(config: &SpteConfig<F>, old: Spte, access: Access) -> Sp
     }
     if access.contains(Access::WRITE) && config.is_mmu_writable(new) {
         new = config.writable_again(new);
+        // Where no CPU sets D, this fault is the only one to know of the write: aging may take W
+        // away again before anybody else looks (INVARIANT[I8]).
+        #[cfg(not(busted = "grant_write_unrecorded"))]
+        if config.is_ad_disabled(new) && config.is_writable(new) {
+            new = new.with(F::DIRTY);
+        }
     }
     new
 }

@@ -60,6 +60,12 @@ impl Cursor {
         self.next
     }
 
+    /// The same walk, going on at `gfn`, or at its start if that lies before.
+    #[must_use]
+    pub fn moved_to(self, gfn: Gfn) -> Self {
+        Self { next: self.next.max(gfn), ..self }
+    }
+
     /// Is nothing left?
     #[must_use]
     pub fn is_done(&self) -> bool {

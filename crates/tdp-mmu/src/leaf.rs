@@ -11,28 +11,54 @@ use mmu_core::addr::{Level, Pfn};
 use mmu_core::slot::{Memslot, SlotFlags};
 use mmu_core::spte::{LeafSpec, Spte, SpteConfig, SpteFormat};
 
+/// What the dirty log asks of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LeafLog {
+    /// The page is not logged; and what the access is does not matter.
+    Off,
+    /// Not writable yet: the write will fault.
+    Protected,
+    /// Writable at once, and the log is told: the access is a write.
+    Marked,
+    /// Writable and clean: the CPU sets D.
+    Clean,
+    /// Writable and dirty, which the next harvest finds: the access is a write.
+    Dirty,
+}
+
+impl LeafLog {
+    const fn bits(self) -> u32 {
+        match self {
+            Self::Off => 0,
+            Self::Protected => 1,
+            Self::Marked | Self::Dirty => 2,
+            Self::Clean => 3,
+        }
+    }
+}
+
 /// What an entry depends on besides its frame, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LeafFacts(u32);
 
 impl LeafFacts {
-    const WRITE: u32 = 1 << 0;
-    const HOST_WRITABLE: u32 = 1 << 1;
-    const PREFETCH: u32 = 1 << 2;
+    const LOG: u32 = 0b11;
+    const HOST_WRITABLE: u32 = 1 << 2;
+    const PREFETCH: u32 = 1 << 3;
     /// Where the level stands.
-    const LEVEL: u32 = 3;
+    const LEVEL: u32 = 4;
     /// Where the slot's flags stand.
     const FLAGS: u32 = 8;
     /// No fault has these.
     const NONE: Self = Self(u32::MAX);
 
-    /// `write`: the access is one. `host_writable`: the host lets the guest write the page.
+    /// `host_writable`: the host lets the guest write the page.
     #[inline(always)]
     pub(crate) fn new(
         slot: &Memslot,
         host_writable: bool,
         level: Level,
-        write: bool,
+        log: LeafLog,
         prefetch: bool,
     ) -> Self {
         Self(
@@ -40,7 +66,7 @@ impl LeafFacts {
                 | (u32::from(level.number()) << Self::LEVEL)
                 | (u32::from(prefetch) * Self::PREFETCH)
                 | (u32::from(host_writable) * Self::HOST_WRITABLE)
-                | (u32::from(write) * Self::WRITE),
+                | log.bits(),
         )
     }
 
@@ -65,9 +91,8 @@ impl LeafFacts {
                 () => Access::ALL,
             },
             host_writable: writable,
-            // A slot that is logged gets W only by a write, which the log then sees.
-            map_writable: writable
-                && (!self.has_flag(SlotFlags::LOG_DIRTY) || self.has(Self::WRITE)),
+            // A page that is logged gets W by a write, which the log then sees; or D tells.
+            map_writable: writable && self.0 & Self::LOG != LeafLog::Protected.bits(),
             mmu_writable: writable,
             accessed: !self.has(Self::PREFETCH),
             memory_type: None,
@@ -109,7 +134,10 @@ impl LeafCache {
 
     #[cold]
     fn renew<F: SpteFormat>(&mut self, config: &SpteConfig<F>, facts: LeafFacts) {
-        *self = Self { facts, template: config.leaf(&facts.spec()) };
+        let leaf = config.leaf(&facts.spec());
+        let clean = facts.0 & LeafFacts::LOG == LeafLog::Clean.bits();
+        let template = if clean { config.clear_dirty(leaf) } else { leaf };
+        *self = Self { facts, template };
     }
 }
 
@@ -129,6 +157,7 @@ mod tests {
             let config = SpteConfig::<Ept>::new(capabilities).expect("possible");
             let mut cache = LeafCache::new();
             for case in 0..1u64 << 9 {
+                let logs = [LeafLog::Off, LeafLog::Protected, LeafLog::Marked, LeafLog::Clean];
                 let bit = |n: u32| case >> n & 1 == 1;
                 let mut flags = SlotFlags::empty();
                 flags.set(SlotFlags::READ_ONLY, bit(0));
@@ -143,20 +172,21 @@ mod tests {
                 };
                 let level = if bit(2) { Level::L2 } else { Level::L1 };
                 let pfn = Pfn::new(0x1_2345 + case);
-                let (write, prefetch) = (bit(4), bit(5));
-                let facts = LeafFacts::new(&slot, bit(3), level, write, prefetch);
+                let (log, prefetch) = (logs[mmu_core::addr::to_index(case) >> 6 & 3], bit(5));
+                let facts = LeafFacts::new(&slot, bit(3), level, log, prefetch);
                 let writable = bit(3) && !slot.is_read_only();
                 let made = config.leaf(&LeafSpec {
                     pfn: pfn.align_down(level),
                     level,
                     access: slot.access(),
                     host_writable: writable,
-                    map_writable: writable && (!slot.logs_dirty() || write),
+                    map_writable: writable && log != LeafLog::Protected,
                     mmu_writable: writable,
                     accessed: !prefetch,
                     memory_type: None,
                     host_mmio: false,
                 });
+                let made = if log == LeafLog::Clean { config.clear_dirty(made) } else { made };
                 assert_eq!(cache.leaf(&config, facts, level, pfn), made, "case {case:#x}");
                 assert_eq!(cache.leaf(&config, facts, level, pfn), made, "again, case {case:#x}");
             }

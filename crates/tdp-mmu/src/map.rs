@@ -16,19 +16,17 @@ use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::cache::FRAMES_PER_FAULT;
 use mmu_core::frame::{MmuCache, TablePool};
 use mmu_core::latency::Wait;
-use mmu_core::notify::Snapshot;
-use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
-use mmu_core::traits::{Host, HostPage, ResolveError};
+use mmu_core::traits::Host;
 use mmu_core::vm::SharedWork;
 
 use crate::change::Change;
 use crate::fast::FastPath;
-use crate::leaf::LeafFacts;
 use crate::mmu::TdpMmu;
 use crate::recent::Recent;
+use crate::resolve::{Resolved, Wish};
 use crate::root::RootRef;
 use crate::vcpu::TdpVcpu;
 use crate::zap::ZapReport;
@@ -49,31 +47,6 @@ pub struct Prefault {
     /// What the last page tried came to: [`FaultOutcome::Retry`] asks to call again (after loading
     /// the root, if it is not current), [`FaultOutcome::Emulate`] says why `next` cannot be mapped.
     pub outcome: FaultOutcome,
-}
-
-/// A fault whose page is known, and what that rests on.
-struct Resolved {
-    generation: u64,
-    snapshot: Snapshot,
-    wish: Wish,
-}
-
-/// An entry to be installed.
-#[derive(Clone, Copy)]
-struct Wish {
-    gfn: Gfn,
-    access: Access,
-    prefetch: bool,
-    goal: Level,
-    leaf: Spte,
-}
-
-impl Wish {
-    /// Everything that the entry will map.
-    #[inline(always)]
-    const fn pages(&self) -> GfnRange {
-        GfnRange::entry(self.gfn, self.goal)
-    }
 }
 
 impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
@@ -201,118 +174,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         }
         outcome
     }
-
-    /// Find slot and page, and make the entry.
-    #[inline(always)]
-    fn resolve(&mut self, fault: &PageFault) -> Result<Resolved, Stop> {
-        let (gfn, access) = (fault.gfn(), fault.access());
-        let snapshot = self.actor.vm().notify().snapshot();
-        if !self.actor.keep_slot(self.role.space(), gfn) {
-            return Err(Stop::NoSlot);
-        }
-        let (slot, generation) = self.actor.kept_slot().ok_or(Stop::NoSlot)?;
-        if slot.is_invalid() || self.actor.vm().notify().likely_in_progress(gfn) {
-            return Err(Stop::Retry);
-        }
-        let write = access.contains(Access::WRITE);
-        if slot.is_read_only() && write {
-            return Err(Stop::ReadOnly { slot: slot.id });
-        }
-        let page = match self.actor.vm().host().resolve(slot, gfn, access) {
-            Ok(page) => page,
-            Err(source) => {
-                let slot = slot.id;
-                return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
-            }
-        };
-        if write && !page.writable {
-            let (slot, source) = (slot.id, ResolveError::ReadOnly);
-            return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
-        }
-        if page.pfn >= self.mmu.config().max_pfn_exclusive() {
-            return Err(Stop::BadPage { pfn: page.pfn });
-        }
-        let mut max = fault.max_level;
-        if access.contains(Access::EXEC) && self.mmu.config().nx_huge_pages() {
-            // Huge leaves are not executable under the mitigation (KVM row 1.20).
-            max = Level::L1;
-        }
-        let goal = self.mmu.goal_level(slot, gfn, &page, max);
-        let prefetch = fault.prefetch;
-        // Here, not in the section: it depends on nothing that a section protects.
-        let facts = LeafFacts::new(slot, page.writable, goal, write, prefetch);
-        let leaf = self.leaf.leaf(self.mmu.config(), facts, goal, page.pfn);
-        let wish = Wish { gfn, access, prefetch, goal, leaf };
-        Ok(Resolved { generation, snapshot, wish })
-    }
-
-    /// An error is the caller's only if nothing changed while the host was asked.
-    #[cold]
-    fn resolve_failed(
-        &mut self,
-        gfn: Gfn,
-        slot: u16,
-        snapshot: Snapshot,
-        generation: u64,
-        source: ResolveError,
-    ) -> Stop {
-        let work = self.actor.shared();
-        let stale = work.vm.slots().generation() != generation
-            || work.vm.notify().must_retry(&work.section, snapshot, GfnRange::from_len(gfn, 1));
-        match source {
-            _ if stale => Stop::Retry,
-            ResolveError::ReadOnly => Stop::ReadOnly { slot },
-            source => Stop::Failed { source },
-        }
-    }
-}
-
-/// Why a fault ends before it has a page. Small, and turned into a result out of line, so that the
-/// usual fault carries none of it.
-enum Stop {
-    Retry,
-    NoSlot,
-    ReadOnly { slot: u16 },
-    BadPage { pfn: Pfn },
-    Failed { source: ResolveError },
-}
-
-impl Stop {
-    #[cold]
-    fn result(self, fault: &PageFault, space: u16) -> Result<FaultOutcome, FaultError> {
-        let gfn = fault.gfn();
-        match self {
-            Self::Retry => Ok(FaultOutcome::Retry),
-            Self::NoSlot => Ok(FaultOutcome::Emulate(EmulateReason::NoSlot { gfn, space })),
-            Self::ReadOnly { slot } => {
-                Ok(FaultOutcome::Emulate(EmulateReason::ReadOnly { gfn, slot }))
-            }
-            Self::BadPage { pfn } => Err(FaultError::BadHostPage { gfn, pfn: pfn.get() }),
-            Self::Failed { source } => Err(FaultError::Resolve { gfn, source }),
-        }
-    }
 }
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
-    /// Level to map at (KVM row 3.22): the smallest of what the fault, the policy, the format, the
-    /// host page, the slot's geometry and dirty logging allow, with gfn and pfn congruent.
-    #[inline(always)]
-    fn goal_level(&self, slot: &Memslot, gfn: Gfn, page: &HostPage, max: Level) -> Level {
-        let cap = max.min(self.options().max_level).min(page.level);
-        if cap == Level::L1 || slot.logs_dirty() {
-            return Level::L1;
-        }
-        self.huge_goal(slot, gfn, page, cap)
-    }
-
-    fn huge_goal(&self, slot: &Memslot, gfn: Gfn, page: &HostPage, cap: Level) -> Level {
-        let mut level = slot::max_level(slot, gfn, cap.min(self.config().max_leaf_level()));
-        while (gfn.get() ^ page.pfn.get()) & (level.pages() - 1) != 0 {
-            level = level.down().unwrap_or(Level::L1);
-        }
-        level
-    }
-
     /// Install the page, if nothing happened meanwhile: in the table of the last fault when it has
     /// the entry, else by a walk.
     #[inline(always)]
@@ -340,7 +204,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let unlinked = vm.pool().unlinked();
         let near = recent.table(fault.gfn, unlinked);
         if let Some((frame, level)) = near.filter(|(_, level)| *level == fault.goal) {
-            let change = Change { config: self.config(), vm: *vm, stats };
+            let change = self.change(vm, stats, section.epoch(), root.role.space());
             let table = vm.pool().table(section.epoch(), frame);
             let cell = table.cell(fault.gfn, level);
             let old = cell.load();
@@ -356,6 +220,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 && !old.is_frozen()
                 && change.map(cell, old, fault.leaf, level)
             {
+                if fault.mark {
+                    self.mark_write(work.slot, work.ring, work.stats, fault.gfn);
+                }
                 *counted = true;
                 stats.inc(Counter::PfTaken);
                 stats.inc(Counter::PfFixed);
@@ -364,9 +231,13 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             // Anything else is rare enough to look at from the root.
         }
         // Put together here, so that the usual fault keeps it in registers.
-        let Wish { gfn, access, prefetch, goal, leaf } = fault;
-        let fault = Wish { gfn, access, prefetch, goal, leaf };
-        self.install_by_walk(work, recent, unlinked, root, &fault, debt)
+        let Wish { gfn, access, prefetch, goal, leaf, mark } = fault;
+        let fault = Wish { gfn, access, prefetch, goal, leaf, mark };
+        let outcome = self.install_by_walk(work, recent, unlinked, root, &fault, debt);
+        if mark && outcome == Ok(FaultOutcome::Fixed) {
+            self.mark_write(work.slot, work.ring, work.stats, gfn);
+        }
+        outcome
     }
 
     /// Walk from the root to the goal and install the page.
@@ -380,9 +251,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         fault: &Wish,
         debt: &mut Option<FlushDebt>,
     ) -> Result<FaultOutcome, FaultError> {
-        let SharedWork { section, cache, vm, stats } = work;
-        let vm = *vm;
-        let change = Change { config: self.config(), vm, stats };
+        let SharedWork { section, cache, vm, stats, .. } = work;
+        let change = self.change(vm, stats, section.epoch(), root.role.space());
         let pool = vm.pool();
         let epoch = section.epoch();
         let (mut frame, mut level) = (root.frame, root.role.level());
@@ -513,6 +383,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             if config.is_host_writable(old) != config.is_host_writable(new) {
                 return self.remake_leaf(change, cell, old, fault, debt);
             }
+            // What the guest was allowed to write, and did, stays.
+            new = config.keep_writes(old, new);
         }
         if change.set(cell, old, new, level).is_err() {
             return None;
@@ -585,6 +457,7 @@ fn count(stats: &StatsShard, result: &Result<FaultOutcome, FaultError>) {
         Ok(FaultOutcome::Spurious) => Counter::PfSpurious,
         Ok(FaultOutcome::Retry) => Counter::PfRetry,
         Ok(FaultOutcome::Emulate(_)) => Counter::PfEmulate,
+        Ok(FaultOutcome::RingFull) => Counter::PfRingFull,
         Ok(FaultOutcome::WriteProtected) => Counter::PfWriteProtected,
         Err(_) => Counter::PfError,
     });

@@ -5,15 +5,20 @@
 
 use alloc::sync::Arc;
 use core::fmt;
+use core::ops::Range;
 
 use mmu_core::addr::Level;
 use mmu_core::check::{CheckError, TreeCount, check_tree};
+use mmu_core::epoch::EpochGuard;
 use mmu_core::role::RootRole;
 use mmu_core::slot::{SlotChange, SlotError, SlotRequest, SlotWriter};
 use mmu_core::spte::{SpteConfig, SpteFormat};
+use mmu_core::stats::StatsShard;
 use mmu_core::traits::Host;
 use mmu_core::vm::{Actor, VmCore};
 
+use crate::change::Change;
+use crate::dirty::DirtyTracking;
 use crate::root::{RootFilter, Roots};
 use crate::unflushed::Unflushed;
 
@@ -23,11 +28,15 @@ use crate::unflushed::Unflushed;
 pub struct TdpOptions {
     /// Largest page that faults map. The format's configuration may allow less.
     pub max_level: Level,
+    /// How writes to logged slots are noticed.
+    pub dirty: DirtyTracking,
+    /// Split huge leaves when logging begins, instead of at the first write to each (KVM row 3.28).
+    pub eager_split: bool,
 }
 
 impl Default for TdpOptions {
     fn default() -> Self {
-        Self { max_level: Level::MAX_LEAF }
+        Self { max_level: Level::MAX_LEAF, dirty: DirtyTracking::WriteProtect, eager_split: true }
     }
 }
 
@@ -76,6 +85,19 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         assert!(Arc::ptr_eq(actor.vm(), &self.vm), "the actor belongs to another VM");
     }
 
+    /// The means to change entries of a tree of address space `space`.
+    #[inline(always)]
+    pub(crate) fn change<'a>(
+        &'a self,
+        vm: &'a VmCore<H>,
+        stats: &'a StatsShard,
+        section: &'a EpochGuard<'a>,
+        space: u16,
+    ) -> Change<'a, F, H> {
+        let tracking = self.dirty_tracking();
+        Change { config: &self.config, vm, stats, section, space, tracking }
+    }
+
     #[inline]
     pub(crate) fn roots(&self) -> &Roots {
         &self.roots
@@ -105,9 +127,40 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         actor: &mut Actor<H>,
         request: &SlotRequest,
     ) -> Result<SlotChange, SlotError> {
-        self.vm.set_slot(writer, actor, request, |actor, old| {
+        let change = self.vm.set_slot(writer, actor, request, |actor, old| {
             let _ = self.unmap(actor, old.range());
-        })
+        })?;
+        self.log_changed(actor, &change);
+        Ok(change)
+    }
+
+    /// The same; of a slot with `LOG_DIRTY` only `pages`, counted from its first page, are logged.
+    ///
+    /// # Errors
+    /// As [`set_slot`](Self::set_slot), and [`SlotError::LogRange`].
+    pub fn set_slot_logging(
+        &self,
+        writer: &mut SlotWriter,
+        actor: &mut Actor<H>,
+        request: &SlotRequest,
+        pages: Range<u64>,
+    ) -> Result<SlotChange, SlotError> {
+        let change = self.vm.set_slot_logging(writer, actor, request, pages, |actor, old| {
+            let _ = self.unmap(actor, old.range());
+        })?;
+        self.log_changed(actor, &change);
+        Ok(change)
+    }
+
+    /// What a change of a slot's flags asks of the tables.
+    fn log_changed(&self, actor: &mut Actor<H>, change: &SlotChange) {
+        if let SlotChange::Flags { old, new } = change {
+            if new.logs_dirty() {
+                self.log_enabled(actor, new.as_id, new.id);
+            } else if old.logs_dirty() {
+                self.log_disabled(actor, new);
+            }
+        }
     }
 
     /// Walk every valid root and check each entry (invariants I1, I4 to I7), counting what is

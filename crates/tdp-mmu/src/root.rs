@@ -472,6 +472,7 @@ impl<F: SpteFormat, H: Host> ZapAll<'_, F, H> {
         // the reload no vCPU walks the tree.
         actor.participant().synchronize();
         self.mmu.vm().host().wait(ticket);
+        self.mmu.roots_gone(actor);
         for &id in &self.pending {
             self.mmu.roots().promote(id, QUIET);
         }

@@ -14,6 +14,8 @@ use mmu_core::spte::cell::SpteCell;
 pub(crate) const LINE: usize = 8;
 /// Entries whose bits fill a mask word.
 pub(crate) const WORD: usize = 64;
+/// The same, as pages of a level-1 table.
+pub(crate) const PAGES: u64 = 64;
 
 /// Eight entries (or fewer, at a table's end): the bits all have, and the bits any has.
 #[derive(Clone, Copy, Debug)]

@@ -24,9 +24,9 @@ use crate::iter::{Cursor, LeafTable, Step, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::RootFilter;
 use crate::scan::{self, Line};
+use crate::slice::{self, Found};
 
-/// Entries a zap visits between two points where others may proceed.
-pub const SLICE_ENTRIES: usize = 512;
+pub use crate::slice::SLICE_ENTRIES;
 
 /// What was taken out (8.4: a zap reports accessed and dirty bits instead of losing them).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -175,7 +175,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let work = actor.shared();
             // Invalid roots too: a vCPU may still run on one (KVM row 3.34).
             let Some(root) = self.roots().get(index, RootFilter::InUse) else { return };
-            let change = Change { config: self.config(), vm: work.vm, stats: work.stats };
+            let change = self.change(work.vm, work.stats, work.section.epoch(), root.role.space());
             let pool = work.vm.pool();
             let section = work.section.epoch();
             let iter = TdpIter::resume(pool, section, root.frame, root.role.level(), cursor)
@@ -192,33 +192,27 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
 /// Zap until the walk ends (`None`) or a slice is full.
 fn zap_slice<F: SpteFormat, H: Host>(
     change: &Change<'_, F, H>,
-    mut iter: TdpIter<'_, H>,
+    iter: TdpIter<'_, H>,
     range: GfnRange,
     debt: &mut FlushDebt,
     report: &mut ZapReport,
 ) -> Option<Cursor> {
-    let mut visited = 0;
-    while let Some(step) = iter.next() {
-        if visited >= SLICE_ENTRIES {
-            // Before the step is worked on: the walk comes back to it.
-            match iter.suspend() {
-                Ok(cursor) => return Some(cursor),
-                Err(same) => iter = same,
+    slice::run(iter, range, |iter, found| {
+        let step = match found {
+            Found::Table(table) => {
+                zap_table(change, &table, debt, report);
+                return 0;
             }
-        }
-        visited += 1;
-        if iter.leaf_table(&step, range).is_none() {
-            zap_step(change, &step, debt, report);
-        }
+            Found::Entry(step) => step,
+        };
+        zap_step(change, &step, debt, report);
         // Read again: a huge leaf may have been split before it could be taken out, by a fault on
         // another part of it, and its children map our range.
         let now = Step { spte: step.cell.load(), ..step };
-        if let Some(table) = iter.leaf_table(&now, range) {
-            visited += table.count;
-            zap_table(change, &table, debt, report);
-        }
-    }
-    None
+        let Some(table) = iter.leaf_table(&now, range) else { return 0 };
+        zap_table(change, &table, debt, report);
+        table.count
+    })
 }
 
 /// Zap the leaves of a level-1 table that are inside the walk's range.

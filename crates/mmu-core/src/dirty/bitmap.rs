@@ -114,6 +114,13 @@ impl DirtyBitmap {
         news
     }
 
+    /// Mark the pages of `mask` in word `word`, as far as they exist.
+    #[inline]
+    pub fn set_word(&self, word: usize, mask: u64) {
+        let first = to_u64(word).saturating_mul(WORD_PAGES);
+        let _ = self.or(to_u64(word), mask & low_bits(self.pages.saturating_sub(first)));
+    }
+
     /// Mark every page, in constant time. The bits follow with the next [`settle`](Self::settle).
     pub fn mark_all(&self) {
         // ORDERING[dirty-all]: Release. Pairs with the AcqRel swap in `settle`: who lowers the flag

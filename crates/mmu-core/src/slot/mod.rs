@@ -9,6 +9,8 @@
 //! `&mut`; readers share sets that are no longer written to. Only [`table`] publishes.
 
 mod hugepage;
+mod log;
+mod meta;
 mod overhead;
 mod request;
 mod rules;
@@ -20,6 +22,8 @@ pub mod track;
 use bitflags::bitflags;
 
 pub use hugepage::max_level;
+pub use log::{DirtyLog, LogOptions};
+pub use meta::SlotMeta;
 pub use overhead::SlotOverhead;
 pub use request::{SlotError, SlotRequest};
 pub use rules::{MAX_SLOT_PAGES, SlotChange, SlotLimits, plan};

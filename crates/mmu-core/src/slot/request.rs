@@ -157,6 +157,20 @@ pub enum SlotError {
         /// Slots that one address space was to have room for.
         slots: u64,
     },
+    /// Memory for the dirty log could not be had.
+    NoMemoryForLog {
+        /// Bytes asked for.
+        bytes: u64,
+    },
+    /// The slot has no such pages to log, or none were named.
+    LogRange {
+        /// First page asked for.
+        start: u64,
+        /// First page not asked for.
+        end: u64,
+        /// Pages of the slot.
+        pages: u64,
+    },
     /// Another change of the same slot is under way.
     Busy {
         /// Address space.
@@ -226,6 +240,12 @@ impl fmt::Display for SlotError {
                 new.bits()
             ),
             Self::NoMemory { slots } => write!(f, "no memory for a set of {slots} slots"),
+            Self::NoMemoryForLog { bytes } => {
+                write!(f, "no memory for a dirty log of {bytes} bytes")
+            }
+            Self::LogRange { start, end, pages } => {
+                write!(f, "pages {start}..{end} of a slot of {pages} pages cannot be logged")
+            }
             Self::Busy { as_id, id } => write!(f, "slot {as_id}:{id} is being changed"),
             Self::Malformed { ref slot } => write!(
                 f,

@@ -85,6 +85,16 @@ impl SlotChange {
             Self::Nothing | Self::Create(_) | Self::Flags { .. } => None,
         }
     }
+
+    /// The slot as it stands after the change; `None` when it is gone or did not change.
+    #[inline]
+    #[must_use]
+    pub const fn after(&self) -> Option<&Memslot> {
+        match self {
+            Self::Create(new) | Self::Move { new, .. } | Self::Flags { new, .. } => Some(new),
+            Self::Nothing | Self::Delete(_) => None,
+        }
+    }
 }
 
 /// Check `request` against `current` and `limits`.

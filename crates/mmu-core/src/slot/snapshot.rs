@@ -8,12 +8,13 @@
 //! ([`Memslots::reserve_like`]), so nothing fails in the middle. No locks, no ordering: those are
 //! the publisher's.
 
+use alloc::vec::Vec;
 use core::fmt;
 
 use crate::access::Access;
 use crate::addr::{Gfn, GfnRange, Hva, PAGE_SHIFT, PAGE_SIZE, to_u64};
 use crate::slot::space::Space;
-use crate::slot::{Memslot, SlotChange, SlotError, SlotFlags, SlotLimits};
+use crate::slot::{Memslot, SlotChange, SlotError, SlotFlags, SlotLimits, SlotMeta};
 
 /// Most address spaces in a set. KVM uses two on x86; the rest is room for privilege levels.
 pub const MAX_ADDRESS_SPACES: u16 = 8;
@@ -74,6 +75,14 @@ pub struct Memslots {
     address_spaces: u16,
     /// Those from `address_spaces` on stay empty.
     spaces: [Space; MAX_ADDRESS_SPACES_USIZE],
+    /// What slots carry besides; few do. Sorted by `(as_id, id)`.
+    metas: Vec<MetaEntry>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct MetaEntry {
+    key: (u16, u16),
+    meta: SlotMeta,
 }
 
 #[expect(clippy::as_conversions, reason = "widening in a const, where `usize::from` is not const")]
@@ -86,7 +95,7 @@ impl Memslots {
     pub fn new(limits: &SlotLimits) -> Self {
         let address_spaces = limits.address_spaces.clamp(1, MAX_ADDRESS_SPACES);
         let spaces = core::array::from_fn(|_| Space::default());
-        Self { generation: 0, total_pages: 0, address_spaces, spaces }
+        Self { generation: 0, total_pages: 0, address_spaces, spaces, metas: Vec::new() }
     }
 
     /// Number of address spaces; valid ids are below.
@@ -201,6 +210,35 @@ impl Memslots {
         self.space(as_id)?.by_id(id)
     }
 
+    /// What a slot carries besides its geometry; `None` when that is nothing.
+    #[must_use]
+    pub fn meta(&self, as_id: u16, id: u16) -> Option<&SlotMeta> {
+        let at = self.metas.binary_search_by_key(&(as_id, id), |entry| entry.key).ok()?;
+        self.metas.get(at).map(|entry| &entry.meta)
+    }
+
+    /// Mark those of `range` dirty that are logged. Returns how many are.
+    #[doc(alias = "mark_page_dirty_in_slot")]
+    pub fn mark_dirty(&self, as_id: u16, range: GfnRange) -> u64 {
+        if self.metas.is_empty() {
+            return 0;
+        }
+        let mut marked = 0;
+        for slot in self.overlapping(as_id, range).filter(|slot| slot.logs_dirty()) {
+            if let Some(log) = self.meta(as_id, slot.id).and_then(SlotMeta::log) {
+                let both = slot.range().intersection(range);
+                let first = both.start.distance_from(slot.base_gfn);
+                marked += log.set_range(first..first + both.len());
+            }
+        }
+        marked
+    }
+
+    /// Slots that carry something, as `(address space, id)`; ascending.
+    pub fn metas(&self) -> impl Iterator<Item = ((u16, u16), &SlotMeta)> {
+        self.metas.iter().map(|entry| (entry.key, &entry.meta))
+    }
+
     /// The slots of an address space, ascending by gfn; none when there is no such space.
     #[inline]
     pub fn iter(&self, as_id: u16) -> core::slice::Iter<'_, Memslot> {
@@ -297,7 +335,11 @@ impl Memslots {
             let no_memory = SlotError::NoMemory { slots: to_u64(total) };
             space.reserve_total(total).map_err(|_| no_memory)?;
         }
-        Ok(())
+        // One for each slot: any of them may get parts later without an allocation.
+        let slots: usize = other.spaces.iter().map(|space| space.slots().len()).sum();
+        let metas = slots.saturating_add(extra);
+        let room = metas.saturating_sub(self.metas.len());
+        self.metas.try_reserve(room).map_err(|_| SlotError::NoMemory { slots: to_u64(metas) })
     }
 
     /// Become equal to `other`, its generation included. Does not allocate after
@@ -309,6 +351,36 @@ impl Memslots {
         for (space, like) in self.spaces.iter_mut().zip(&other.spaces) {
             space.copy_from(like);
         }
+        self.metas.clone_from(&other.metas);
+    }
+
+    /// Give the slot `id` of a space other parts. Allocates only when nothing was reserved by
+    /// [`reserve_like`](Self::reserve_like).
+    ///
+    /// # Errors
+    /// [`SlotError::NoSuchSlot`], [`SlotError::NoMemory`]; the set is as before.
+    pub fn set_meta(&mut self, as_id: u16, id: u16, meta: SlotMeta) -> Result<(), SlotError> {
+        if self.by_id(as_id, id).is_none() {
+            return Err(SlotError::NoSuchSlot { as_id, id });
+        }
+        let key = (as_id, id);
+        match self.metas.binary_search_by_key(&key, |entry| entry.key) {
+            Ok(at) if meta.is_empty() => {
+                self.metas.remove(at);
+            }
+            Ok(at) => {
+                if let Some(entry) = self.metas.get_mut(at) {
+                    entry.meta = meta;
+                }
+            }
+            Err(_) if meta.is_empty() => {}
+            Err(at) => {
+                let slots = to_u64(self.metas.len()).saturating_add(1);
+                self.metas.try_reserve(1).map_err(|_| SlotError::NoMemory { slots })?;
+                self.metas.insert(at, MetaEntry { key, meta });
+            }
+        }
+        Ok(())
     }
 
     /// Add a slot. Allocates only when [`spare`](Self::spare) is 0.
@@ -335,6 +407,9 @@ impl Memslots {
     /// Take a slot out and return it; `None` when there is none. Never allocates.
     pub fn remove(&mut self, as_id: u16, id: u16) -> Option<Memslot> {
         let slot = self.space_mut(as_id).ok()?.remove(id)?;
+        if let Ok(at) = self.metas.binary_search_by_key(&(as_id, id), |entry| entry.key) {
+            self.metas.remove(at);
+        }
         self.total_pages = self.total_pages.saturating_sub(slot.npages);
         Some(slot)
     }

@@ -131,6 +131,27 @@ impl<F: SpteFormat> SpteConfig<F> {
             || (writable && !spte.has(F::DIRTY))
     }
 
+    /// `new`, which replaces the leaf `old` of the same frame, with the W and D of the old one:
+    /// what the guest wrote stays known, and what it may write it may go on writing. Unchanged
+    /// where `new` may not be writable.
+    #[inline]
+    #[must_use]
+    pub const fn keep_writes(&self, old: Spte, new: Spte) -> Spte {
+        if self.is_mmu_writable(new) && self.is_mmu_writable(old) {
+            new.with(old.raw() & (F::WRITABLE | F::DIRTY))
+        } else {
+            new
+        }
+    }
+
+    /// The leaf so that its next write faults, for a dirty log: W clear, everything else as it
+    /// was. The flush may be deferred to the end of the pass (KVM row 0.2.2).
+    #[inline]
+    #[must_use]
+    pub const fn without_write(&self, leaf: Spte) -> Spte {
+        if leaf.is_mmu_present() { leaf.without(F::WRITABLE) } else { leaf }
+    }
+
     /// Does replacing the leaf `old` by the leaf `new` owe a flush before the lock is released?
     /// Exactly when MMU-writable goes away, even if W was already clear: write-protection for the
     /// dirty log may have left a writable TLB entry behind (KVM rows 0.2.1 and 1.12).

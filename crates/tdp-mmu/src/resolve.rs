@@ -1,0 +1,167 @@
+//! The first half of a slow fault: from an address to the entry that should stand there.
+//!
+//! Owns [`Resolved`] (an entry to be installed, and what it rests on) and [`Stop`] (why there is
+//! none). Nothing is held: the embedder's resolver may sleep. What is found here is checked again
+//! inside the section that installs it (`map`). KVM rows 3.15, 3.18, 3.22, 3.25.
+
+use mmu_core::access::Access;
+use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
+use mmu_core::dirty::DirtyRing;
+use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
+use mmu_core::notify::Snapshot;
+use mmu_core::slot::{self, Memslot};
+use mmu_core::spte::{Spte, SpteFormat};
+use mmu_core::traits::{Host, HostPage, ResolveError};
+use mmu_core::vm::SlotCopy;
+
+use crate::leaf::{LeafFacts, LeafLog};
+use crate::mmu::TdpMmu;
+use crate::vcpu::TdpVcpu;
+
+/// A fault whose page is known, and what that rests on.
+pub(crate) struct Resolved {
+    pub(crate) generation: u64,
+    pub(crate) snapshot: Snapshot,
+    pub(crate) wish: Wish,
+}
+
+/// An entry to be installed.
+#[derive(Clone, Copy)]
+pub(crate) struct Wish {
+    pub(crate) gfn: Gfn,
+    pub(crate) access: Access,
+    pub(crate) prefetch: bool,
+    pub(crate) goal: Level,
+    pub(crate) leaf: Spte,
+    /// The entry lets the guest write without telling: the log must be told now.
+    pub(crate) mark: bool,
+}
+
+impl Wish {
+    /// Everything that the entry will map.
+    #[inline(always)]
+    pub(crate) const fn pages(&self) -> GfnRange {
+        GfnRange::entry(self.gfn, self.goal)
+    }
+}
+
+impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
+    /// Find slot and page, and make the entry.
+    #[inline(always)]
+    pub(crate) fn resolve(&mut self, fault: &PageFault) -> Result<Resolved, Stop> {
+        let (gfn, access) = (fault.gfn(), fault.access());
+        let snapshot = self.actor.vm().notify().snapshot();
+        if !self.actor.keep_slot(self.role.space(), gfn) {
+            return Err(Stop::NoSlot);
+        }
+        let kept = self.actor.kept_slot().ok_or(Stop::NoSlot)?;
+        let (slot, generation) = (kept.slot(), kept.generation());
+        if slot.is_invalid() || self.actor.vm().notify().likely_in_progress(gfn) {
+            return Err(Stop::Retry);
+        }
+        let write = access.contains(Access::WRITE);
+        if slot.is_read_only() && write {
+            return Err(Stop::ReadOnly { slot: slot.id });
+        }
+        let page = match self.actor.vm().host().resolve(slot, gfn, access) {
+            Ok(page) => page,
+            Err(source) => {
+                let slot = slot.id;
+                return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
+            }
+        };
+        if write && !page.writable {
+            let (slot, source) = (slot.id, ResolveError::ReadOnly);
+            return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
+        }
+        if page.pfn >= self.mmu.config().max_pfn_exclusive() {
+            return Err(Stop::BadPage { pfn: page.pfn });
+        }
+        let mut max = fault.max_level;
+        if access.contains(Access::EXEC) && self.mmu.config().nx_huge_pages() {
+            // Huge leaves are not executable under the mitigation (KVM row 1.20).
+            max = Level::L1;
+        }
+        let goal = self.mmu.goal_level(kept, gfn, &page, max);
+        let prefetch = fault.prefetch;
+        let log = self.mmu.leaf_log(kept, gfn, write && !prefetch);
+        // Here, not in the section: it depends on nothing that a section protects.
+        let facts = LeafFacts::new(slot, page.writable, goal, log, prefetch);
+        let leaf = self.leaf.leaf(self.mmu.config(), facts, goal, page.pfn);
+        let mark = log == LeafLog::Marked && self.mmu.config().is_writable(leaf);
+        if mark && self.actor.ring().is_some_and(DirtyRing::is_full) {
+            return Err(Stop::RingFull);
+        }
+        let wish = Wish { gfn, access, prefetch, goal, leaf, mark };
+        Ok(Resolved { generation, snapshot, wish })
+    }
+
+    /// An error is the caller's only if nothing changed while the host was asked.
+    #[cold]
+    fn resolve_failed(
+        &mut self,
+        gfn: Gfn,
+        slot: u16,
+        snapshot: Snapshot,
+        generation: u64,
+        source: ResolveError,
+    ) -> Stop {
+        let work = self.actor.shared();
+        let stale = work.vm.slots().generation() != generation
+            || work.vm.notify().must_retry(&work.section, snapshot, GfnRange::from_len(gfn, 1));
+        match source {
+            _ if stale => Stop::Retry,
+            ResolveError::ReadOnly => Stop::ReadOnly { slot },
+            source => Stop::Failed { source },
+        }
+    }
+}
+
+/// Why a fault ends before it has a page. Small, and turned into a result out of line, so that the
+/// usual fault carries none of it.
+pub(crate) enum Stop {
+    Retry,
+    NoSlot,
+    RingFull,
+    ReadOnly { slot: u16 },
+    BadPage { pfn: Pfn },
+    Failed { source: ResolveError },
+}
+
+impl Stop {
+    #[cold]
+    pub(crate) fn result(self, fault: &PageFault, space: u16) -> Result<FaultOutcome, FaultError> {
+        let gfn = fault.gfn();
+        match self {
+            Self::Retry => Ok(FaultOutcome::Retry),
+            Self::RingFull => Ok(FaultOutcome::RingFull),
+            Self::NoSlot => Ok(FaultOutcome::Emulate(EmulateReason::NoSlot { gfn, space })),
+            Self::ReadOnly { slot } => {
+                Ok(FaultOutcome::Emulate(EmulateReason::ReadOnly { gfn, slot }))
+            }
+            Self::BadPage { pfn } => Err(FaultError::BadHostPage { gfn, pfn: pfn.get() }),
+            Self::Failed { source } => Err(FaultError::Resolve { gfn, source }),
+        }
+    }
+}
+
+impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
+    /// Level to map at (KVM row 3.22): the smallest of what the fault, the policy, the format, the
+    /// host page, the slot's geometry and dirty logging allow, with gfn and pfn congruent.
+    #[inline(always)]
+    fn goal_level(&self, kept: &SlotCopy, gfn: Gfn, page: &HostPage, max: Level) -> Level {
+        let cap = max.min(self.options().max_level).min(page.level);
+        if cap == Level::L1 {
+            return Level::L1;
+        }
+        self.huge_goal(kept.slot(), gfn, page, kept.unlogged_level(gfn, cap))
+    }
+
+    fn huge_goal(&self, slot: &Memslot, gfn: Gfn, page: &HostPage, cap: Level) -> Level {
+        let mut level = slot::max_level(slot, gfn, cap.min(self.config().max_leaf_level()));
+        while (gfn.get() ^ page.pfn.get()) & (level.pages() - 1) != 0 {
+            level = level.down().unwrap_or(Level::L1);
+        }
+        level
+    }
+}
