@@ -15,9 +15,11 @@ use mmu_core::addr::{Gfn, Level, Pfn};
 use mmu_core::dead::DeadReason;
 use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
 use mmu_core::slot::{SlotFlags, SlotRequest};
+use mmu_core::spte::MemType;
+use mmu_core::spte::memtype::Cache;
 use mmu_core::spte::{Capabilities, Ept, Legacy, Npt, Spte, SpteKind};
 use mmu_core::stats::Counter;
-use mmu_core::traits::HostPage;
+use mmu_core::traits::{Backing, HostPage, PageKind};
 use mmu_model::{AccessKind, Caches, PhysMem, SoftCpu};
 use tdp_mmu::TdpVcpu;
 
@@ -448,6 +450,86 @@ fn a_dead_vm_maps_nothing_and_gives_everything_back() {
         drop(vm);
         guest.finish();
     }
+}
+
+/// Rows 1.22, 1.24 and B74: the embedder says what a page is, once for each entry that is made. A
+/// device is uncacheable and not encrypted; memory is what the configuration says, whatever its
+/// frame number looks like; a type that is named is the type.
+#[test]
+fn a_fault_maps_a_page_as_the_kind_that_the_host_says() {
+    const C_BIT: u64 = 1 << 45;
+    let caps = Capabilities { memory_encryption: Some((C_BIT, C_BIT)), ..Capabilities::ept() };
+    let combining = MemType { cache: Cache::WriteCombining, ignore_pat: true };
+    let kinds = [
+        (PageKind::RAM, MemType::WB_IGNORE_PAT, C_BIT),
+        (PageKind::DEVICE, MemType::UC, 0),
+        (PageKind { memory_type: Some(combining), ..PageKind::RAM }, combining, C_BIT),
+        (PageKind { memory_type: Some(combining), ..PageKind::DEVICE }, combining, 0),
+        (PageKind { memory_type: Some(MemType::WB), ..PageKind::DEVICE }, MemType::WB, 0),
+    ];
+    for level in [Level::L1, Level::L2] {
+        let mut guest = Guest::<Ept>::with_memory(caps, 16 * M2, level);
+        let asked = Arc::new(AtomicU64::new(0));
+        let count = Arc::clone(&asked);
+        guest.host().set_kinds(Arc::new(move |gfn, page| {
+            count.fetch_add(1, Ordering::Relaxed);
+            assert_eq!(page.pfn.get() - DATA, gfn.get() - BASE, "asked about the page resolved");
+            kinds[((gfn.get() - BASE) / M2) as usize % kinds.len()].0
+        }));
+        let turns = (0..16).map(|turn| turn * 7 % 16);
+        for (turn, block) in turns.enumerate() {
+            let gfn = BASE + block * M2;
+            let fault = if turn % 2 == 0 {
+                write(gfn)
+            } else {
+                PageFault::prefetch(gpa(gfn), Access::READ)
+            };
+            let before = asked.load(Ordering::Relaxed);
+            assert_eq!(guest.vcpu.fault(&fault), Ok(FaultOutcome::Fixed));
+            assert_eq!(asked.load(Ordering::Relaxed), before + 1);
+            let (_, memory_type, encryption) = kinds[block as usize % kinds.len()];
+            let (at, spte) = guest.entry(gfn);
+            assert_eq!((at, MemType::from_ept(spte.raw())), (level, Some(memory_type)));
+            assert_eq!(spte.raw() & C_BIT, encryption, "block {block}");
+            assert_eq!(guest.config().pfn(spte).get(), DATA + block * M2);
+        }
+        // Parts of a huge page are what the whole is.
+        if level == Level::L2 {
+            let _ = guest.shrink(BASE + M2 + 5);
+            let (at, spte) = guest.entry(BASE + M2 + 9);
+            assert_eq!((at, MemType::from_ept(spte.raw())), (Level::L1, Some(MemType::UC)));
+            assert_eq!(spte.raw() & C_BIT, 0);
+        }
+        guest.check();
+        guest.finish();
+    }
+}
+
+/// A host that calls a page something else without taking it away first breaks its contract; what
+/// was mapped goes, flushed, before the other kind stands there.
+#[test]
+fn a_page_that_becomes_a_device_is_flushed_in_between() {
+    let mut guest = Guest::<Ept>::with_memory(Capabilities::ept(), 64, Level::L1);
+    let answer = |writable| {
+        move |slot: &mmu_core::slot::Memslot, gfn: Gfn, _: Access| {
+            let pfn = Pfn::new(slot.hva_of(gfn).unwrap().get() >> 12);
+            Ok(HostPage { pfn, writable, level: Level::L1 })
+        }
+    };
+    guest.host().set_resolver(Arc::new(answer(false)));
+    guest.map([BASE], Read, Level::L1);
+    guest.host().set_resolver(Arc::new(answer(true)));
+    guest
+        .host()
+        .set_kinds(Arc::new(|_, _| PageKind { backing: Backing::Device, memory_type: None }));
+    guest.host().take_batches();
+    assert_eq!(guest.fault(BASE, Write, Level::L1), FaultOutcome::Fixed);
+    let batches = guest.host().take_batches();
+    assert!(batches.len() == 1 && batches[0].covers(range(BASE, BASE + 1)), "{batches:?}");
+    let (_, spte) = guest.entry(BASE);
+    assert_eq!(MemType::from_ept(spte.raw()), Some(MemType::UC));
+    guest.check();
+    guest.finish();
 }
 
 /// Row B64: a guest that goes in and out of system management mode, or turns protections of its own

@@ -28,7 +28,7 @@ use mmu_core::spte::{Capabilities, Ept, Legacy, Npt, Spte, SpteConfig, SpteForma
 use mmu_core::stats::Counter;
 use mmu_core::sync::ENTRIES;
 use mmu_core::traits::{
-    AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, CountOnly, HostPage, PfnResolver,
+    AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, CountOnly, HostPage, PageKind, PfnResolver,
     ResolveError, TlbFlush, Trace,
 };
 use mmu_core::vm::{Actor, VmCore};
@@ -47,6 +47,9 @@ pub const G1: u64 = 512 * 512;
 
 /// A resolver.
 pub type Resolve = dyn Fn(&Memslot, Gfn, Access) -> Result<HostPage, ResolveError> + Send + Sync;
+
+/// Says what kind of page the resolver gave.
+pub type Kinds = dyn Fn(Gfn, &HostPage) -> PageKind + Send + Sync;
 
 /// Called by a wait for a flush.
 pub type Hook = dyn Fn(&Batch) + Send + Sync;
@@ -82,6 +85,7 @@ pub struct Core {
 pub struct TestHost {
     arena: Arena,
     resolver: RwLock<Arc<Resolve>>,
+    kinds: RwLock<Option<Arc<Kinds>>>,
     batches: Mutex<Vec<Batch>>,
     recording: AtomicBool,
     cores: RwLock<Vec<Arc<Mutex<Core>>>>,
@@ -114,6 +118,7 @@ impl TestHost {
         Self {
             arena: Arena::with_capacity(frames, Pfn::new(TABLES)).expect("memory"),
             resolver: RwLock::new(linear(Level::L1)),
+            kinds: RwLock::default(),
             batches: Mutex::default(),
             recording: AtomicBool::new(true),
             cores: RwLock::default(),
@@ -132,6 +137,11 @@ impl TestHost {
     /// Answer faults by `resolver` from now on.
     pub fn set_resolver(&self, resolver: Arc<Resolve>) {
         *self.resolver.write().unwrap() = resolver;
+    }
+
+    /// Pages are of the kinds that `kinds` says from now on.
+    pub fn set_kinds(&self, kinds: Arc<Kinds>) {
+        *self.kinds.write().unwrap() = Some(kinds);
     }
 
     /// The answer of the resolver in force.
@@ -285,6 +295,11 @@ impl PfnResolver for TestHost {
         // Not called under the lock: it may call back into the MMU.
         let resolver = Arc::clone(&self.resolver.read().unwrap());
         resolver(slot, gfn, want)
+    }
+
+    fn kind(&self, _: &Memslot, gfn: Gfn, page: &HostPage) -> PageKind {
+        let kinds = self.kinds.read().unwrap().clone();
+        kinds.map_or(PageKind::RAM, |kinds| kinds(gfn, page))
     }
 }
 

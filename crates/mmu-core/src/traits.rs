@@ -10,6 +10,7 @@ use crate::addr::{Gfn, GfnRange, Level, Pfn};
 use crate::flush::FlushBatch;
 use crate::frame::PhysMap;
 use crate::slot::Memslot;
+use crate::spte::MemType;
 pub use crate::trace::Trace;
 
 /// TLB shootdown with completion.
@@ -54,6 +55,36 @@ pub struct HostPage {
     pub level: Level,
 }
 
+/// What stands behind a host page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Backing {
+    /// Memory. Persistent memory and whatever else the host maps cacheable is this, whoever manages
+    /// its pages (KVM row B74).
+    #[default]
+    Ram,
+    /// Registers of a device: uncacheable unless a type is named, and never encrypted.
+    Device,
+}
+
+/// How a host page is to be mapped, apart from where it is and who may write (KVM rows 1.22 to
+/// 1.24).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct PageKind {
+    /// What stands behind it.
+    pub backing: Backing,
+    /// Memory type of its leaf, in formats whose leaves have one (EPT); `None` for what follows
+    /// from the configuration and `backing`.
+    pub memory_type: Option<MemType>,
+}
+
+impl PageKind {
+    /// Memory as the configuration says.
+    pub const RAM: Self = Self { backing: Backing::Ram, memory_type: None };
+    /// A device.
+    #[doc(alias = "kvm_is_mmio_pfn")]
+    pub const DEVICE: Self = Self { backing: Backing::Device, memory_type: None };
+}
+
 /// Why a guest frame has no host page right now (KVM rows 3.25, 6.11).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -95,6 +126,16 @@ pub trait PfnResolver {
     /// # Errors
     /// See [`ResolveError`]; passed on to the caller of the fault.
     fn resolve(&self, slot: &Memslot, gfn: Gfn, access: Access) -> Result<HostPage, ResolveError>;
+
+    /// How the page that [`resolve`](Self::resolve) just gave for `gfn` is to be mapped; true of
+    /// the whole block that `page` stands in, and part of the answer: a change of it is reported
+    /// like any other. Asked once for each entry that is made. Everything is RAM unless said
+    /// otherwise.
+    #[inline(always)]
+    fn kind(&self, slot: &Memslot, gfn: Gfn, page: &HostPage) -> PageKind {
+        let _ = (slot, gfn, page);
+        PageKind::RAM
+    }
 }
 
 /// Everything an MMU needs from its embedder. Implemented for whatever implements the parts.

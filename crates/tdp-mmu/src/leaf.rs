@@ -2,14 +2,16 @@
 //!
 //! Owns [`LeafCache`], one per vCPU. Apart from the frame number, an entry depends on a few facts
 //! that are the same from one fault to the next: the slot's flags, the host's permission, the
-//! level, and whether this is a write. They make a key; while it stays the same, an entry is one OR
-//! away. No memory is shared and nothing here can go stale: the key is compared at every use, and
-//! the configuration of an MMU never changes.
+//! level, whether this is a write, and what kind of page it is. They make a key; while it stays the
+//! same, an entry is one OR away. No memory is shared and nothing here can go stale: the key is
+//! compared at every use, and the configuration of an MMU never changes.
 
 use mmu_core::access::Access;
 use mmu_core::addr::{Level, Pfn};
 use mmu_core::slot::{Memslot, SlotFlags};
+use mmu_core::spte::memtype::{Cache, MemType};
 use mmu_core::spte::{LeafSpec, Spte, SpteConfig, SpteFormat};
+use mmu_core::traits::{Backing, PageKind};
 
 /// What the dirty log asks of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +51,9 @@ impl LeafFacts {
     const LEVEL: u32 = 4;
     /// Where the slot's flags stand.
     const FLAGS: u32 = 8;
+    const DEVICE: u32 = 1 << 25;
+    /// Where the number of a memory type stands, 0 for none.
+    const TYPE: u32 = 26;
     /// No fault has these.
     const NONE: Self = Self(u32::MAX);
 
@@ -68,6 +73,25 @@ impl LeafFacts {
                 | (u32::from(host_writable) * Self::HOST_WRITABLE)
                 | log.bits(),
         )
+    }
+
+    /// The same for a page of a certain kind.
+    #[inline(always)]
+    pub(crate) fn of_kind(self, kind: PageKind) -> Self {
+        if kind == PageKind::RAM { self } else { self.of_special_kind(kind) }
+    }
+
+    #[cold]
+    fn of_special_kind(self, kind: PageKind) -> Self {
+        let device = u32::from(kind.backing == Backing::Device) * Self::DEVICE;
+        let code = |(code, _): &(u32, MemType)| (code + 1) << Self::TYPE;
+        let known = kind.memory_type.and_then(|wanted| types().find(|(_, kind)| *kind == wanted));
+        Self(self.0 | device | known.as_ref().map_or(0, code))
+    }
+
+    fn memory_type(self) -> Option<MemType> {
+        let code = (self.0 >> Self::TYPE & 0xf).checked_sub(1)?;
+        types().find(|(at, _)| *at == code).map(|(_, kind)| kind)
     }
 
     const fn has(self, bit: u32) -> bool {
@@ -95,11 +119,26 @@ impl LeafFacts {
             map_writable: writable && self.0 & Self::LOG != LeafLog::Protected.bits(),
             mmu_writable: writable,
             accessed: !self.has(Self::PREFETCH),
-            memory_type: None,
-            host_mmio: false,
+            memory_type: self.memory_type(),
+            host_mmio: self.has(Self::DEVICE),
         }
     }
 }
+
+/// Every memory type, numbered.
+fn types() -> impl Iterator<Item = (u32, MemType)> {
+    use Cache::{Uncacheable, WriteBack, WriteCombining, WriteProtected, WriteThrough};
+    let caches = [Uncacheable, WriteCombining, WriteThrough, WriteProtected, WriteBack];
+    let types = caches
+        .into_iter()
+        .flat_map(|cache| [false, true].map(|ignore_pat| MemType { cache, ignore_pat }));
+    (0..).zip(types)
+}
+
+const _: () = assert!(
+    SlotFlags::all().bits() < 1 << (LeafFacts::DEVICE.trailing_zeros() - LeafFacts::FLAGS),
+    "the slot's flags end where the page's kind begins"
+);
 
 /// The last entry made, with frame 0.
 #[derive(Debug)]
@@ -144,7 +183,7 @@ impl LeafCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mmu_core::addr::{Gfn, Hva};
+    use mmu_core::addr::{Gfn, Hva, to_index};
     use mmu_core::spte::{Capabilities, Ept};
 
     /// Whatever comes before it, an entry is what the configuration would have made.
@@ -156,7 +195,7 @@ mod tests {
         for capabilities in [Capabilities::ept(), tracking, encrypted] {
             let config = SpteConfig::<Ept>::new(capabilities).expect("possible");
             let mut cache = LeafCache::new();
-            for case in 0..1u64 << 9 {
+            for case in 0..1u64 << 13 {
                 let logs = [LeafLog::Off, LeafLog::Protected, LeafLog::Marked, LeafLog::Clean];
                 let bit = |n: u32| case >> n & 1 == 1;
                 let mut flags = SlotFlags::empty();
@@ -175,6 +214,11 @@ mod tests {
                 let (log, prefetch) = (logs[mmu_core::addr::to_index(case) >> 6 & 3], bit(5));
                 let facts = LeafFacts::new(&slot, bit(3), level, log, prefetch);
                 let writable = bit(3) && !slot.is_read_only();
+                let kind = PageKind {
+                    backing: if bit(8) { Backing::Device } else { Backing::Ram },
+                    memory_type: types().map(|(_, kind)| kind).nth(to_index(case >> 9)),
+                };
+                let facts = facts.of_kind(kind);
                 let made = config.leaf(&LeafSpec {
                     pfn: pfn.align_down(level),
                     level,
@@ -183,8 +227,8 @@ mod tests {
                     map_writable: writable && log != LeafLog::Protected,
                     mmu_writable: writable,
                     accessed: !prefetch,
-                    memory_type: None,
-                    host_mmio: false,
+                    memory_type: kind.memory_type,
+                    host_mmio: bit(8),
                 });
                 let made = if log == LeafLog::Clean { config.clear_dirty(made) } else { made };
                 assert_eq!(cache.leaf(&config, facts, level, pfn), made, "case {case:#x}");

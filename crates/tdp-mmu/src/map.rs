@@ -380,7 +380,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 let reason = EmulateReason::Denied { gfn: fault.gfn };
                 return Some(Ok(FaultOutcome::Emulate(reason)));
             }
-            if config.is_host_writable(old) != config.is_host_writable(new) {
+            if config.is_host_writable(old) != config.is_host_writable(new)
+                || !config.same_memory(old, new)
+            {
                 return self.remake_leaf(change, cell, old, fault, debt);
             }
             // What the guest was allowed to write, and did, stays.
@@ -395,9 +397,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         Some(Ok(FaultOutcome::Fixed))
     }
 
-    /// The host made its page writable where it is. The bit that says so is immutable while the
-    /// entry is present (row 1.8), so the entry is emptied first. Nobody finds it empty with the
-    /// flush unpaid: either the new leaf stands there when this returns, or somebody else's.
+    /// The host made its page writable where it is, or calls it another kind of memory. The bits
+    /// that say so are immutable while the entry is present (row 1.8), so it is emptied first.
+    /// Nobody finds it empty with the flush unpaid: either the new leaf stands there when this
+    /// returns, or somebody else's.
     #[cold]
     fn remake_leaf(
         &self,

@@ -86,7 +86,8 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         let prefetch = fault.prefetch;
         let log = self.mmu.leaf_log(kept, gfn, write && !prefetch);
         // Here, not in the section: it depends on nothing that a section protects.
-        let facts = LeafFacts::new(slot, page.writable, goal, log, prefetch);
+        let kind = self.actor.vm().host().kind(slot, gfn, &page);
+        let facts = LeafFacts::new(slot, page.writable, goal, log, prefetch).of_kind(kind);
         let leaf = self.leaf.leaf(self.mmu.config(), facts, goal, page.pfn);
         let mark = log == LeafLog::Marked && self.mmu.config().is_writable(leaf);
         if mark && self.actor.ring().is_some_and(DirtyRing::is_full) {
