@@ -62,10 +62,14 @@ counters! {
     PfRingFull = "pf_ring_full",
     /// Faults that ended in an error.
     PfError = "pf_error",
+    /// MMIO entries that faults made; part of `pf_emulate`.
+    PfMmioMade = "pf_mmio_spte_created",
     /// Compare-exchanges lost on entries (faults, zaps).
     CasLost = "cas_lost",
     /// Huge leaves split.
     Splits = "splits",
+    /// Gauge: huge pages that are split because the guest executes in them (NX mitigation).
+    NxSplits = "nx_lpage_splits",
     /// Tables replaced by a huge leaf.
     Collapses = "collapses",
     /// Leaves zapped.

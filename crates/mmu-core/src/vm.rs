@@ -23,6 +23,7 @@ use crate::slot::{
     SlotMeta, SlotRequest, SlotTable, SlotWriter, plan,
 };
 use crate::stats::{Counter, Stats};
+use crate::trace::Event;
 use crate::traits::Host;
 
 /// The memory side of a VM.
@@ -228,7 +229,10 @@ impl<H: Host> VmCore<H> {
     /// may the debt's tables go.
     #[must_use]
     pub fn request(&self, debt: &FlushDebt, scope: FlushScope) -> H::Ticket {
-        debt.with_batch(self.host(), scope, |batch| self.host().request(batch))
+        debt.with_batch(self.host(), scope, |batch| {
+            self.trace(|| Event::FlushRequested { scope, tables: batch.tables() });
+            self.host().request(batch)
+        })
     }
 
     /// Pay a debt: ask for the flush, wait until it is complete, then retire the unlinked tables.
@@ -247,6 +251,7 @@ impl<H: Host> VmCore<H> {
         let (tables, changes) = debt.settle();
         shard.add(Counter::FlushPaid, changes);
         self.pool.retire(tables);
+        self.trace(|| Event::FlushPaid { changes });
     }
 
     /// Create, delete, move or change a memory slot (KVM rows 6.4 to 6.8).
@@ -322,6 +327,7 @@ impl<H: Host> VmCore<H> {
         let generation = writer.live().next_generation();
         writer.spare().set_generation(generation);
         self.publish(writer, actor);
+        self.trace(|| Event::Slots { change, generation });
         Ok(change)
     }
 

@@ -10,6 +10,7 @@ use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::Counter;
+use mmu_core::trace::Event;
 use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, Host, MASK_WORDS};
 use mmu_core::vm::Actor;
 
@@ -68,6 +69,8 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
             reader.stats().inc(Counter::FlushOwed);
             debt.owe(due.range);
         }
+        let (mode, young) = (request.mode, total.young);
+        self.vm().trace(|| Event::Aged { range: done, mode, young });
         reader.pay(debt, FlushScope::Ranges);
         if let Some(due) = due {
             self.unflushed().flushed(due);
@@ -129,7 +132,8 @@ struct Slice<'a, F: SpteFormat, H: Host, S: AgeSink> {
 impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
     /// Age until the walk ends (`None`) or the section has lasted long enough.
     fn run(&mut self, iter: TdpIter<'_, H>) -> Option<Cursor> {
-        slice::run(iter, self.job.range, |_, found| {
+        let stats = self.change.stats;
+        slice::run(stats, iter, self.job.range, |_, found| {
             self.report.entries += 1;
             match found {
                 Found::Table(table) => self.table(&table),
@@ -192,7 +196,7 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
         if self.job.mode == AgeMode::Test {
             return;
         }
-        if !self.change.age(cell, old, level) {
+        if !self.change.age(cell, old, gfn, level) {
             self.report.lost += 1;
         }
         if self.job.mode == AgeMode::ClearFlush {

@@ -82,7 +82,13 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         }
     }
 
-    /// Replace `old` by `new` in an entry at `level`.
+    /// Tell of a committed change of the entry that maps `gfn`.
+    #[inline(always)]
+    fn changed(&self, gfn: Gfn, level: Level, old: Spte, new: Spte) {
+        self.trace(|| Event::Changed { gfn: gfn.align_down(level), level, old, new });
+    }
+
+    /// Replace `old` by `new` in the entry at `level` that maps `gfn`.
     ///
     /// # Errors
     /// What the entry holds instead: somebody else changed it; nothing was written or counted.
@@ -92,6 +98,7 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         cell: &SpteCell,
         old: Spte,
         new: Spte,
+        gfn: Gfn,
         level: Level,
     ) -> Result<(), Spte> {
         // INVARIANT[I4]: only `freeze` deals in FROZEN.
@@ -100,6 +107,7 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         match cell.try_change(old, new) {
             Ok(()) => {
                 self.account(old, new, level);
+                self.changed(gfn, level, old, new);
                 Ok(())
             }
             Err(current) => {
@@ -109,24 +117,39 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         }
     }
 
-    /// Put the leaf `new` in an entry that maps nothing; `false` when somebody else changed it.
+    /// Put the leaf `new` in an entry for `gfn` that maps nothing; `false` when somebody else
+    /// changed it.
     #[inline(always)]
-    pub(crate) fn map(&self, cell: &SpteCell, old: Spte, new: Spte, level: Level) -> bool {
+    pub(crate) fn map(
+        &self,
+        cell: &SpteCell,
+        old: Spte,
+        new: Spte,
+        gfn: Gfn,
+        level: Level,
+    ) -> bool {
         debug_assert!(!old.is_mmu_present() && new.is_leaf(level), "{old:?} to {new:?}");
         self.prove(old, new, level);
         let done = cell.try_change(old, new).is_ok();
         self.stats.inc(if done { Counter::pages(level) } else { Counter::CasLost });
+        if done {
+            self.changed(gfn, level, old, new);
+        }
         done
     }
 
     /// Clear the accessed bit, or access-track. One attempt: a lost one means that the entry is in
     /// use or going away, and counts as young (KVM rows 5.4, 5.5).
     #[inline]
-    pub(crate) fn age(&self, cell: &SpteCell, old: Spte, level: Level) -> bool {
+    pub(crate) fn age(&self, cell: &SpteCell, old: Spte, gfn: Gfn, level: Level) -> bool {
         // INVARIANT[I21]: only A, or the permissions that tracking gives back.
         let new = self.config.age(old);
         self.prove(old, new, level);
-        cell.try_change(old, new).is_ok()
+        let done = cell.try_change(old, new).is_ok();
+        if done {
+            self.changed(gfn, level, old, new);
+        }
+        done
     }
 
     /// Fill the entries of a table that is not linked yet.
@@ -194,7 +217,7 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         // Each failure means that another thread or the CPU changed the entry in between; a CPU
         // sets A and D once each, an ager clears A once, so this ends after a few turns.
         while old.is_leaf(level) {
-            match self.set(cell, old, Spte::EMPTY, level) {
+            match self.set(cell, old, Spte::EMPTY, gfn, level) {
                 Ok(()) => {
                     #[cfg(not(busted = "zap_without_flush"))]
                     self.owe(debt, GfnRange::from_len(gfn, level.pages()));
@@ -232,6 +255,8 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
                 self.prove(old, Spte::EMPTY, Level::L1);
                 match cell.try_change(old, Spte::EMPTY) {
                     Ok(()) => {
+                        let gfn = base.saturating_add(u64::from(bit));
+                        self.changed(gfn, Level::L1, old, Spte::EMPTY);
                         gone |= 1 << bit;
                         young |= u64::from(self.config.is_accessed(old)) << bit;
                         dirty |= u64::from(self.config.is_dirty(old)) << bit;
@@ -320,6 +345,11 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
             stack.push((frame, level, index + 1));
             let old = freeze(cell);
             self.account(old, Spte::EMPTY, level);
+            if H::ENABLED {
+                let offset = to_u64(index).saturating_mul(level.pages());
+                let gfn = pool.place(frame).0.saturating_add(offset);
+                self.changed(gfn, level, old, Spte::FROZEN);
+            }
             if old.is_leaf(level) {
                 report.add_leaf(self.config, old, level);
                 self.stats.inc(Counter::LeavesZapped);

@@ -23,6 +23,7 @@ use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::slot::{DirtyLog, Memslot};
 use mmu_core::spte::{AdType, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
+use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::{Actor, MarkError, SlotCopy, mark};
 
@@ -222,6 +223,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let slot = kept.slot();
             let marked = mark(log, ring, slot, gfn.distance_from(slot.base_gfn));
             debug_assert!(marked.is_ok(), "room was asked for before the entry was changed");
+            if ring.is_some() && marked.is_ok() {
+                self.vm().trace(|| Event::RingPush { gfn });
+            }
         }
     }
 
@@ -450,7 +454,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 pass.report.pages += run.pages();
                 pass.arm(actor, &run);
             });
-            busy |= done.is_err();
+            match done {
+                Ok(done) => vm.trace(|| Event::RingReset { entries: done.reset }),
+                Err(_) => busy = true,
+            }
         }
         let mut all = Harvest::default();
         for (_, pass) in passes {

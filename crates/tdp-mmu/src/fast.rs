@@ -11,6 +11,7 @@ use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
 use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
+use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
@@ -111,12 +112,13 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             if mark && work.ring.is_some_and(DirtyRing::is_full) {
                 return FastPath::Slow;
             }
-            if change.set(step.cell, old, new, step.level).is_ok() {
+            if change.set(step.cell, old, new, step.gfn, step.level).is_ok() {
                 // After the exchange: a harvest that misses the mark has not looked at the entry.
                 if mark {
                     self.mark_write(Some(kept), work.ring, work.stats, fault.gfn());
                 }
                 work.stats.inc(Counter::PfFast);
+                change.trace(|| Event::FastFault { gfn: fault.gfn(), new });
                 return FastPath::Outcome(FaultOutcome::Fixed);
             }
         }

@@ -42,6 +42,7 @@ mod unflushed;
 pub mod usage;
 pub mod vcpu;
 pub mod walk;
+mod watch;
 pub mod zap;
 
 pub use dirty::{DirtyTracking, Harvest, LogError};

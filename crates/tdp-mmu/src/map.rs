@@ -15,10 +15,10 @@ use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::cache::FRAMES_PER_FAULT;
 use mmu_core::frame::{MmuCache, TablePool};
-use mmu_core::latency::Wait;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
+use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::SharedWork;
 
@@ -59,34 +59,19 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     /// [`FaultError`]; no entry was changed.
     pub fn fault(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
         if H::ENABLED {
-            let start = self.mmu.vm().now();
-            let result = self.fault_counted(fault);
-            self.stalled(start, &result);
-            return result;
+            return self.fault_watched(fault);
         }
         self.fault_counted(fault)
     }
 
     #[inline(always)]
-    fn fault_counted(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
+    pub(crate) fn fault_counted(&mut self, fault: &PageFault) -> Result<FaultOutcome, FaultError> {
         let mut counted = false;
         let result = self.handle(fault, &mut counted);
         if !counted {
             count(self.actor.stats(), &result);
         }
         result
-    }
-
-    /// Note how long a fault has kept the vCPU from running.
-    fn stalled(&mut self, start: u64, result: &Result<FaultOutcome, FaultError>) {
-        let wait = match result {
-            Ok(FaultOutcome::Fixed) => Wait::FaultFixed,
-            Ok(FaultOutcome::Spurious) => Wait::FaultSpurious,
-            Ok(FaultOutcome::Retry) => Wait::FaultRetry,
-            Ok(_) | Err(_) => Wait::FaultOther,
-        };
-        let index = self.actor.participant().index();
-        self.mmu.vm().took(index, wait, start);
     }
 
     /// Map pages before the guest touches them (KVM row 3.57), without the accessed bit, from
@@ -218,7 +203,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 }
             } else if !old.is_mmu_present()
                 && !old.is_frozen()
-                && change.map(cell, old, fault.leaf, level)
+                && change.map(cell, old, fault.leaf, fault.gfn, level)
             {
                 if fault.mark {
                     self.mark_write(work.slot, work.ring, work.stats, fault.gfn);
@@ -272,7 +257,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                     continue;
                 }
             } else if !old.is_mmu_present() {
-                if change.map(cell, old, fault.leaf, level) {
+                if change.map(cell, old, fault.leaf, fault.gfn, level) {
                     return Ok(FaultOutcome::Fixed);
                 }
             } else if old.is_leaf(level)
@@ -344,7 +329,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let frame = cache.take()?;
         change.pool().set_place(frame, gfn.align_down(level), below);
         let new = self.config().table(frame, level);
-        if change.set(cell, old, new, level).is_err() {
+        if change.set(cell, old, new, gfn, level).is_err() {
             put_back(change.pool(), cache, frame);
             return None;
         }
@@ -388,7 +373,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             // What the guest was allowed to write, and did, stays.
             new = config.keep_writes(old, new);
         }
-        if change.set(cell, old, new, level).is_err() {
+        if change.set(cell, old, new, fault.gfn, level).is_err() {
             return None;
         }
         if old.is_table(level) {
@@ -412,7 +397,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     ) -> Option<Result<FaultOutcome, FaultError>> {
         let first = wish.gfn.align_down(wish.goal);
         change.zap_leaf(cell, old, first, wish.goal, debt.get_or_insert_default())?;
-        let outcome = match change.set(cell, Spte::EMPTY, wish.leaf, wish.goal) {
+        let outcome = match change.set(cell, Spte::EMPTY, wish.leaf, wish.gfn, wish.goal) {
             Ok(()) => FaultOutcome::Fixed,
             Err(_) => FaultOutcome::Retry,
         };
@@ -429,6 +414,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         debt: &mut FlushDebt,
     ) {
         change.stats.inc(Counter::Collapses);
+        let (gfn, level) = (fault.gfn.align_down(fault.goal), fault.goal);
+        change.trace(|| Event::Collapse { gfn, level });
         change.owe(debt, GfnRange::entry(fault.gfn, fault.goal));
         let mut gone = ZapReport::default();
         if let Some(below) = fault.goal.down() {

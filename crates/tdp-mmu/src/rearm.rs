@@ -159,7 +159,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
             table = Some((base, frame));
             self.report.entries += 1;
             let cell = change.pool().table(section.epoch(), frame).cell(gfn, Level::L1);
-            let _ = self.protect_leaf(&change, cell, Level::L1);
+            let _ = self.protect_leaf(&change, cell, gfn, Level::L1);
         }
         None
     }
@@ -183,7 +183,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
             } else if !old.is_leaf(level) || self.protected(old, level) == old {
                 return Place::Nothing;
             } else if cache.is_empty() {
-                if let Some(gone) = self.protect_leaf(change, cell, level) {
+                if let Some(gone) = self.protect_leaf(change, cell, gfn, level) {
                     self.mark_huge(change, gone, gfn, level);
                 }
                 return Place::Nothing;
@@ -220,6 +220,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         &self,
         change: &Change<'_, F, H>,
         cell: &SpteCell,
+        gfn: Gfn,
         level: Level,
     ) -> Option<Spte> {
         let mut old = cell.load();
@@ -228,7 +229,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
             if new == old {
                 return None;
             }
-            match change.set(cell, old, new, level) {
+            match change.set(cell, old, new, gfn, level) {
                 Ok(()) => return Some(old),
                 Err(now) => old = now,
             }
@@ -281,7 +282,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
                 let level = root.role.level();
                 let iter = TdpIter::resume(work.vm.pool(), section, root.frame, level, cursor)
                     .with_encryption(change.config.encryption_mask());
-                next = slice::run(iter, range, |iter, found| {
+                next = slice::run(work.stats, iter, range, |iter, found| {
                     self.sweep_found(&change, iter, range, found, &mut dirty)
                 });
                 work.stats.inc(Counter::Yields);
@@ -305,7 +306,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
             Found::Entry(step) => step,
         };
         self.report.entries += 1;
-        if let Some(old) = self.protect_leaf(change, step.cell, step.level) {
+        if let Some(old) = self.protect_leaf(change, step.cell, step.gfn, step.level) {
             change.owe(&mut self.debt, step.range());
             if change.config.is_dirty(old) {
                 dirty(step.gfn, step.level, 0);
@@ -353,7 +354,8 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         let mut found = 0;
         for bit in Bits(todo) {
             let Some(cell) = cells.get(to_index(bit)) else { break };
-            let old = self.protect_leaf(change, cell, Level::L1);
+            let gfn = base.saturating_add(bit);
+            let old = self.protect_leaf(change, cell, gfn, Level::L1);
             found |= u64::from(old.is_some_and(|old| change.config.is_dirty(old))) << bit;
         }
         let first = base.saturating_add(u64::from(todo.trailing_zeros()));

@@ -11,6 +11,7 @@ use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::notify::Snapshot;
 use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::{Spte, SpteFormat};
+use mmu_core::trace::Event;
 use mmu_core::traits::{Host, HostPage, ResolveError};
 use mmu_core::vm::SlotCopy;
 
@@ -91,6 +92,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         let leaf = self.leaf.leaf(self.mmu.config(), facts, goal, page.pfn);
         let mark = log == LeafLog::Marked && self.mmu.config().is_writable(leaf);
         if mark && self.actor.ring().is_some_and(DirtyRing::is_full) {
+            self.mmu.vm().trace(|| Event::RingFull { gfn });
             return Err(Stop::RingFull);
         }
         let wish = Wish { gfn, access, prefetch, goal, leaf, mark };

@@ -24,6 +24,7 @@ use mmu_core::spin::SpinLock;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::sync::{AtomicU64, Ordering, plain};
+use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
@@ -338,6 +339,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         match self.roots().insert(role, frame) {
             Ok(Inserted::New(root)) => {
                 actor.stats().inc(Counter::Tables);
+                self.vm().trace(|| Event::RootMade { frame, space: role.space() });
                 Ok(root)
             }
             Ok(Inserted::Existing(root)) => {
@@ -364,6 +366,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             frames.push(self.vm().host(), frame);
             // No flush: whoever held the reference has loaded another root since (row 0.2.6).
             self.vm().pool().retire(frames);
+            self.vm().trace(|| Event::RootFreed { frame });
         }
     }
 
@@ -380,6 +383,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         }
         // Before the reload is requested: only these may become quiet by it.
         let pending = self.roots().invalid();
+        self.vm().trace(|| Event::RootsInvalidated { pending: to_u64(pending.len()) });
         let debt = FlushDebt::new();
         let ticket = (!pending.is_empty()).then(|| {
             actor.stats().inc(Counter::FlushRequests);

@@ -3,7 +3,8 @@
 //! Owns [`run`]: at most [`SLICE_ENTRIES`] entries between two points where others may proceed. The
 //! links on the way to a table are not counted: each leads to entries that are.
 
-use mmu_core::addr::GfnRange;
+use mmu_core::addr::{GfnRange, to_u64};
+use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::traits::Host;
 
 use crate::iter::{Cursor, LeafTable, Step, TdpIter};
@@ -23,6 +24,7 @@ pub(crate) enum Found<'g> {
 /// looked at besides.
 #[inline(always)]
 pub(crate) fn run<'g, H: Host>(
+    stats: &StatsShard,
     mut iter: TdpIter<'g, H>,
     range: GfnRange,
     mut visit: impl FnMut(&TdpIter<'g, H>, Found<'g>) -> usize,
@@ -35,12 +37,16 @@ pub(crate) fn run<'g, H: Host>(
         if visited != 0 && visited + count > SLICE_ENTRIES {
             // Before the step is worked on: the walk comes back to it.
             match iter.suspend() {
-                Ok(cursor) => return Some(cursor),
+                Ok(cursor) => {
+                    stats.max(Counter::MaxSlice, to_u64(visited));
+                    return Some(cursor);
+                }
                 Err(same) => iter = same,
             }
         }
         visited += count;
         visited += visit(&iter, table.map_or(Found::Entry(step), Found::Table));
     }
+    stats.max(Counter::MaxSlice, to_u64(visited));
     None
 }

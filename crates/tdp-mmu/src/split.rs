@@ -4,11 +4,12 @@
 //! may set A or D in the huge leaf until the exchange succeeds; then the compare-exchange fails and
 //! the next attempt carries the bit over to every child.
 
-use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
+use mmu_core::addr::{Gfn, GfnRange, Level, Pfn, to_u64};
 use mmu_core::frame::cache::FRAMES_PER_FAULT;
 use mmu_core::frame::{MmuCache, OutOfFrames};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
+use mmu_core::stats::Counter;
 use mmu_core::traits::Host;
 use mmu_core::vm::{Actor, SharedWork};
 
@@ -79,6 +80,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 return Some(here);
             }
             visited += usize::from(!step.spte.is_table(step.level));
+            stats.max(Counter::MaxSlice, to_u64(visited));
             if visited == SLICE_ENTRIES {
                 return Some(cursor.moved_to(step.range().end));
             }
@@ -103,7 +105,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let table = pool.owned_table(frame);
         change.fill_split(table, old, level);
         pool.set_place(frame, gfn.align_down(level), below);
-        if change.set(cell, old, self.config().table(frame, level), level).is_err() {
+        if change.set(cell, old, self.config().table(frame, level), gfn, level).is_err() {
             // Frames in the cache hold nothing but the non-present value.
             table.fill(Spte::EMPTY);
             put_back(pool, cache, frame);

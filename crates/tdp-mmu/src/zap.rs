@@ -16,6 +16,7 @@ use mmu_core::notify::Invalidation;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
+use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
@@ -147,6 +148,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         self.assert_own(actor);
         let covered = range.is_empty() || invalidation.range().covers(range);
         assert!(covered, "{range} is not inside the invalidation of {}", invalidation.range());
+        self.vm().trace(|| Event::UnmapBegin { range });
         let mut report = ZapReport::default();
         let mut debt = FlushDebt::new();
         for index in 0..self.roots().reach() {
@@ -158,6 +160,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             debt.owe(range);
         }
         actor.pay(debt, FlushScope::Ranges);
+        self.vm().trace(|| Event::UnmapEnd { range, pages: report.pages() });
         report
     }
 
@@ -197,7 +200,7 @@ fn zap_slice<F: SpteFormat, H: Host>(
     debt: &mut FlushDebt,
     report: &mut ZapReport,
 ) -> Option<Cursor> {
-    slice::run(iter, range, |iter, found| {
+    slice::run(change.stats, iter, range, |iter, found| {
         let step = match found {
             Found::Table(table) => {
                 zap_table(change, &table, debt, report);
