@@ -180,7 +180,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
             if old.is_table(level) {
                 frame = change.config.pfn(old);
                 level = level.below();
-            } else if !old.is_leaf(level) || self.protected(old, level) == old {
+            } else if !old.is_leaf(level) || self.may_stay(old, level) {
                 return Place::Nothing;
             } else if cache.is_empty() {
                 if let Some(gone) = self.protect_leaf(change, cell, gfn, level) {
@@ -194,6 +194,12 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
             }
         }
         Place::Table(frame)
+    }
+
+    /// Is nothing to be done about a huge leaf? Where leaves are split eagerly, one that collecting
+    /// D bits has protected already is split all the same: its first write would have to do it.
+    fn may_stay(&self, leaf: Spte, level: Level) -> bool {
+        self.protected(leaf, level) == leaf && !self.mmu.options().eager_split
     }
 
     /// The D of a huge leaf was the record of writes to any of its pages.
