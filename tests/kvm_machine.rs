@@ -4,6 +4,7 @@
 #[path = "../examples/mini_vmm/kvm/mod.rs"]
 mod kvm;
 #[path = "../examples/mini_vmm/machine.rs"]
+#[allow(dead_code, reason = "the tests look at memory by a way of their own")]
 mod machine;
 
 use std::hint;
@@ -15,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvm::KvmMachine;
-use machine::{Command, Exit, Flush, Layout, Machine, MachineError, Op, PAGE, Report, Vcpu};
+use machine::{Churn, Command, Exit, Flush, Layout, Machine, MachineError, Op, PAGE, Report, Vcpu};
 
 const PRESENT: u64 = 1;
 /// Present, writable, user.
@@ -301,6 +302,60 @@ fn two_vcpus_fault_in_every_page_once() {
         world.word(at).store(right, SeqCst);
         assert_eq!((report.mismatches, report.first_mismatch), (2, (DATA + 77) * PAGE));
     }
+}
+
+#[test]
+fn churn_stops_anywhere_and_goes_on_from_guest_memory_alone() {
+    const PAGES: u64 = 300;
+    let test = "churn_stops_anywhere_and_goes_on_from_guest_memory_alone";
+    let Some(world) = World::new(test, 2, PAGES) else {
+        return;
+    };
+    let churn = Churn { multiplier: 0x9e37_79b9, offset: 77, written: 64, delay: 3 };
+    // A range of 300 pages: the control page and 299 others, so 512 steps make a round.
+    let whole = |rounds| Command { op: Op::Churn(churn), ..command(Op::Read, 0, PAGES, rounds) };
+    let check = || {
+        // A step that was interrupted has stored a part of what it stores, or nothing.
+        let end = world.data(0, 0);
+        let mut expected = vec![None; PAGES as usize];
+        for step in 0..end {
+            let other = (step * churn.multiplier + churn.offset) % 512;
+            if let Some(visit) = expected.get_mut(other as usize + 1) {
+                *visit = Some(step);
+            }
+        }
+        let current = (end * churn.multiplier + churn.offset) % 512 + 1;
+        for (n, visit) in (0..PAGES).zip(expected).skip(1) {
+            assert_eq!(churn.last_visit(512, n, end), visit);
+            let wanted = match visit.filter(|_| churn.writes(n)) {
+                Some(step) => (step, machine::content((DATA + n) * PAGE, step)),
+                None => (0, 0),
+            };
+            let found = (world.data(n, 0), world.data(n, 2048));
+            assert!(found == wanted || n == current, "page {n}, step {end}: {found:?} {wanted:?}");
+        }
+        end
+    };
+    let mut vcpu = world.vcpu(0);
+    let (report, faults) = world.drive(&mut *vcpu, &whole(1));
+    assert_eq!((report.unwrap().pages, faults), (512, PAGES));
+    assert_eq!(check(), 512);
+    let mut other = world.vcpu(1);
+    thread::scope(|scope| {
+        let running = [scope.spawn(|| {
+            let (report, _) = world.drive(&mut *other, &whole(endless(512)));
+            assert_eq!(report, None, "only the kick ends it");
+        })];
+        thread::sleep(Duration::from_millis(50));
+        world.finish(&running);
+    });
+    let stopped = check();
+    assert!(stopped > 512, "it went on");
+    // The first one, which knows nothing of that, goes on from there.
+    let rounds = stopped / 512 + 2;
+    let (report, _) = world.drive(&mut *vcpu, &whole(rounds));
+    assert_eq!(report.unwrap().pages, rounds * 512 - stopped);
+    assert_eq!(check(), rounds * 512);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //! takes for granted. Staleness included: a translation stays until a flush names it.
 
 #[path = "../examples/mini_vmm/machine.rs"]
-#[allow(dead_code, reason = "this machine does not flush by physical pages")]
+#[allow(dead_code, reason = "no flush by physical pages, memory looked at by a way of its own")]
 mod machine;
 #[path = "../examples/mini_vmm/soft/mod.rs"]
 mod soft;
@@ -15,7 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use machine::{
-    Command, Exit, Flush, Layout, Machine, MachineError, Op, PAGE, Report, Vcpu, content,
+    Churn, Command, Exit, Flush, Layout, Machine, MachineError, Op, PAGE, Report, Vcpu, content,
 };
 use mmu_model::{Caches, Capacity, Ept, Format, Legacy, Mode, Npt};
 use soft::SoftMachine;
@@ -345,6 +345,37 @@ fn the_first_write_sets_dirty_behind_a_cached_clean_page() {
 }
 
 #[test]
+fn a_cpu_logs_the_pages_that_it_dirties() {
+    for bits in formats().into_iter().filter(|bits| bits.dirty != 0) {
+        let world = World::new(bits, REACH, 2);
+        world.machine.log_dirtied();
+        let mut vcpu = world.vcpu(0);
+        (0..REACH).for_each(|n| world.map(n));
+        finish(vcpu.as_mut(), Op::Read, 0, 8);
+        assert_eq!(vcpu.take_log(), []);
+        finish(vcpu.as_mut(), Op::Write, 2, 3);
+        finish(vcpu.as_mut(), Op::Write, 0, 4);
+        assert_eq!(vcpu.take_log(), [2, 3, 4, 0, 1].map(|n| DATA + n), "each page once");
+        // Clean again, but for the CPU that has it cached as dirty.
+        world.leaf(3).fetch_and(!bits.dirty, Ordering::AcqRel);
+        finish(vcpu.as_mut(), Op::Write, 3, 1);
+        assert_eq!(vcpu.take_log(), []);
+        world.flush(slice::from_ref(&(DATA + 3..DATA + 4)), &[]);
+        finish(vcpu.as_mut(), Op::Write, 3, 1);
+        assert_eq!(vcpu.take_log(), [DATA + 3]);
+        // The guest is left before the log of a real CPU would be full.
+        vcpu.start(&command(Op::Write, 0, REACH)).unwrap();
+        let mut logged = 0;
+        while let Exit::Kicked = vcpu.run().unwrap() {
+            let log = vcpu.take_log().len();
+            assert!((1..512).contains(&log));
+            logged += log;
+        }
+        assert_eq!(logged as u64 + vcpu.take_log().len() as u64, REACH - 5);
+    }
+}
+
+#[test]
 fn error_codes() {
     for bits in formats() {
         let world = World::new(bits, REACH, 1);
@@ -391,6 +422,60 @@ fn mismatches_are_counted() {
     assert_eq!(once(vcpu.as_mut(), &strided), Exit::Done(expected));
     let nothing = command(Op::Write, 0, 0);
     assert_eq!(once(vcpu.as_mut(), &nothing), Exit::Done(Report::default()));
+}
+
+/// What churn left on page `n` of a range whose control page says `end`, found by doing the steps
+/// one by one; and that the formula of the VMM says the same.
+fn last_visits(churn: &Churn, pages: u64, end: u64) -> Vec<Option<u64>> {
+    let round = churn.round(pages).unwrap();
+    let mut last = vec![None; usize::try_from(pages).unwrap()];
+    for step in 0..end {
+        let other = step.wrapping_mul(churn.multiplier).wrapping_add(churn.offset) % round;
+        if let Some(visit) = last.get_mut(usize::try_from(other + 1).unwrap()) {
+            *visit = Some(step);
+        }
+    }
+    for (n, visit) in last.iter().enumerate().skip(1) {
+        assert_eq!(churn.last_visit(round, n as u64, end), *visit, "page {n}, {end} steps");
+    }
+    last
+}
+
+#[test]
+fn churn_stops_anywhere_and_goes_on_from_guest_memory_alone() {
+    const PAGES: u64 = 300;
+    let churn = Churn { multiplier: 0x9e37_79b9, offset: 77, written: 64, delay: 1 };
+    for bits in formats() {
+        let world = World::new(bits, REACH, 2);
+        let whole =
+            |rounds| Command { op: Op::Churn(churn), rounds, ..command(Op::Read, 0, PAGES) };
+        let check = |end: u64| {
+            assert_eq!(world.word(world.layout.data.start, 0).load(Ordering::Acquire), end);
+            let mut written = 0;
+            for (n, visit) in last_visits(&churn, PAGES, end).into_iter().enumerate().skip(1) {
+                let n = n as u64;
+                let word = |at| world.word(world.layout.data.start + n, at).load(Ordering::Acquire);
+                let expected = match visit.filter(|_| churn.writes(n)) {
+                    Some(step) => (step, content((DATA + n) * PAGE, step)),
+                    None => (0, 0),
+                };
+                assert_eq!((word(0), word(2048)), expected, "page {n} after {end} steps");
+                written += u64::from(expected.1 != 0);
+            }
+            written
+        };
+        let serve = |gva: u64, _| world.map(gva / PAGE - DATA);
+        let mut vcpu = world.vcpu(0);
+        // A range of 300 pages: the control page and 299 others, so 512 steps make a round.
+        assert_eq!(drive(vcpu.as_mut(), &whole(1), serve).1, PAGES);
+        assert!((100..200).contains(&check(512)), "half of the pages");
+        // Another vCPU, which has no state of it, goes on.
+        let mut other = world.vcpu(1);
+        let (report, _) = drive(other.as_mut(), &whole(3), serve);
+        assert_eq!(report.pages, 1024);
+        check(3 * 512);
+        assert_eq!(drive(vcpu.as_mut(), &whole(3), serve).0.pages, 0);
+    }
 }
 
 #[test]
@@ -496,12 +581,16 @@ fn what_the_machine_refuses() {
     refused(vcpu.run().map(|_| ()));
     refused(vcpu.set_root(world.layout.data.end));
     let good = command(Op::Read, 0, 1);
+    let churn = Churn { multiplier: 1, offset: 0, written: 128, delay: 0 };
     for bad in [
         Command { stride: 0, ..good },
         Command { rounds: 0, ..good },
         Command { start: 8, ..good },
         Command { pages: u64::MAX, ..good },
         Command { stride: u64::MAX, pages: 2, ..good },
+        Command { op: Op::Churn(churn), pages: 1, ..good },
+        Command { op: Op::Churn(churn), pages: 4, rounds: u64::MAX, ..good },
+        Command { op: Op::Churn(Churn { multiplier: 2, ..churn }), pages: 4, ..good },
     ] {
         refused(vcpu.start(&bad));
     }

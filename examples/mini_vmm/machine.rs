@@ -9,6 +9,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes in a page.
 pub const PAGE: u64 = 4096;
@@ -29,6 +30,34 @@ unsafe impl Send for Memory {}
 // SAFETY: as above.
 unsafe impl Sync for Memory {}
 
+impl Memory {
+    /// The word at physical address `at`.
+    ///
+    /// # Panics
+    /// If it is misaligned or out of bounds.
+    fn word(&self, at: u64) -> &AtomicU64 {
+        let fits = at.checked_add(8).is_some_and(|end| end <= self.len);
+        assert!(at % 8 == 0 && fits, "no word at {at:#x}");
+        let word = self.base.wrapping_add(at as usize);
+        // SAFETY: aligned and in bounds (asserted) of a mapping that lives as long as the machine,
+        // which whoever holds a `Memory` keeps alive; everybody accesses it atomically.
+        unsafe { AtomicU64::from_ptr(word.cast()) }
+    }
+
+    /// The word at physical address `at`, which must be aligned and in bounds.
+    pub fn load(&self, at: u64) -> u64 {
+        // ORDERING[guest-data]: Acquire. What a vCPU stored before this word is seen as well; pairs
+        // with the stores of guests.
+        self.word(at).load(Ordering::Acquire)
+    }
+
+    /// Store the word at physical address `at`, which must be aligned and in bounds.
+    pub fn store(&self, at: u64, value: u64) {
+        // ORDERING[guest-data]: Release. Pairs with the loads of guests and of `load`.
+        self.word(at).store(value, Ordering::Release);
+    }
+}
+
 /// Where things stand in physical memory. Decided by the scenario, obeyed by the machine.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -41,7 +70,7 @@ pub struct Layout {
 }
 
 /// A guest program: visits `pages` pages starting at linear address `start`, `stride` pages apart,
-/// `rounds` times.
+/// `rounds` times. [`Op::Churn`] has an order of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Command {
     /// What is done to each page.
@@ -70,11 +99,86 @@ pub enum Op {
     Verify,
     /// Add 1 to the word at byte 8 (plain load, add, store: one vCPU owns the page).
     Increment,
+    /// Write a new version of one page after another; see [`Churn`].
+    Churn(Churn),
 }
+
+/// A program whose progress is in guest memory: it can be stopped anywhere, and whoever has its
+/// memory can go on with it and can tell what every page must hold.
+///
+/// The first page of the range is the *control page*; the word at its byte 0 is the number of
+/// the next step. Step `s` picks one of the other pages, `(s * multiplier + offset) mod 2^k`, where
+/// `2^k` is the first power of two that counts them all; a number beyond the last page is skipped.
+/// So each *round* of `2^k` steps visits each page once. A visit either reads the page or stores
+/// the step at byte 0 and `content(gva, step)` at byte 2048; then the next step is stored. A step
+/// that was interrupted is done again and stores the same.
+///
+/// Of [`Command`], `rounds` counts rounds from step 0, so a command that was done already ends at
+/// once, and `stride` and `tag` are not used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Churn {
+    /// Odd. 1 visits pages in their order.
+    pub multiplier: u64,
+    /// Where the first round begins.
+    pub offset: u64,
+    /// Of 128 pages about so many are written, always the same; the others are read.
+    pub written: u64,
+    /// Turns of an empty loop after each step.
+    pub delay: u64,
+}
+
+impl Churn {
+    /// Steps of a round over a range of `pages` pages, the control page included.
+    ///
+    /// # Errors
+    /// `Unsupported` without a page to visit, or with an even multiplier.
+    pub fn round(&self, pages: u64) -> Result<u64, MachineError> {
+        let steps = pages.checked_sub(1).filter(|others| *others > 0);
+        match steps.and_then(u64::checked_next_power_of_two) {
+            Some(steps) if self.multiplier % 2 == 1 => Ok(steps),
+            _ => Err(MachineError::Unsupported {
+                detail: format!("{self:?} over {pages} pages: 2 pages at least, odd multiplier"),
+            }),
+        }
+    }
+
+    /// The step at which `rounds` rounds are over.
+    ///
+    /// # Errors
+    /// As [`Churn::round`], and if steps cannot count so many rounds.
+    pub fn limit(&self, pages: u64, rounds: u64) -> Result<u64, MachineError> {
+        self.round(pages)?.checked_mul(rounds).ok_or_else(|| MachineError::Unsupported {
+            detail: format!("{rounds} rounds over {pages} pages: too many steps"),
+        })
+    }
+
+    /// Is page `index` of the range written? 0 is the control page, which is.
+    pub fn writes(&self, index: u64) -> bool {
+        match index.checked_sub(1) {
+            Some(other) => other.wrapping_mul(FACTOR) >> 57 < self.written,
+            None => true,
+        }
+    }
+
+    /// The last step before `end` that visited page `index` (not the control page), in rounds of
+    /// `round` steps. Computed backwards from the page: it shares nothing with the guest's way.
+    pub fn last_visit(&self, round: u64, index: u64, end: u64) -> Option<u64> {
+        // Newton: the inverse modulo 2^64, doubling the bits that are right.
+        let inverse = (0..6)
+            .fold(1u64, |x, _| x.wrapping_mul(2u64.wrapping_sub(self.multiplier.wrapping_mul(x))));
+        let first = index.wrapping_sub(1).wrapping_sub(self.offset).wrapping_mul(inverse);
+        let first = first & (round - 1);
+        let last = end.checked_sub(1)?;
+        Some(first + last.checked_sub(first)? / round * round)
+    }
+}
+
+/// The factor of [`content`], and what tells the written pages of [`Churn`] from the others.
+pub const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 
 /// The word a page must hold after `Op::Write`.
 pub const fn content(gva: u64, tag: u64) -> u64 {
-    (gva ^ tag.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    (gva ^ tag.rotate_left(32)).wrapping_mul(FACTOR)
 }
 
 /// What a finished [`Command`] reports. Computed by the guest.
@@ -111,6 +215,12 @@ pub trait Vcpu: Send {
 
     /// Use the tables rooted at page `root` from the next `run` on. Flushes this vCPU's TLB.
     fn set_root(&mut self, root: u64) -> Result<(), MachineError>;
+
+    /// Linear pages that the CPU has logged as dirtied since the last call; empty for one without
+    /// such a log. Called after every [`run`](Self::run).
+    fn take_log(&mut self) -> Vec<u64> {
+        Vec::new()
+    }
 
     /// Run until something happens.
     fn run(&mut self) -> Result<Exit, MachineError>;
@@ -152,6 +262,12 @@ pub trait Machine: Send + Sync {
     /// Make every vCPU that is inside [`Vcpu::run`] return soon (`Exit::Kicked` unless something
     /// else happens first). A vCPU outside `run` is not affected by a kick from before.
     fn kick_all(&self);
+
+    /// Whether entries of 2 MiB may be made, split and removed while vCPUs run, with the flushes
+    /// that the MMU asks for.
+    fn has_huge_pages(&self) -> bool {
+        true
+    }
 
     /// Linear pages that must be mapped, supervisor and user, to these physical pages in every
     /// root a vCPU loads: (linear page, physical page, count). Empty for a machine without stub.

@@ -11,8 +11,9 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::ptr;
+
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::{mem, ptr};
 
 use super::super::machine::{MachineError, Memory, PAGE};
 
@@ -44,6 +45,40 @@ impl Mapping {
             unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, file.as_raw_fd(), 0) };
         if start == libc::MAP_FAILED {
             return Err(last_error("mmap"));
+        }
+        Ok(Self { start: start.cast(), len })
+    }
+
+    /// The same, at a multiple of 2 MiB: then a slot's host and guest addresses agree in the bits
+    /// that a 2 MiB page needs them to.
+    fn aligned(file: &impl AsRawFd, len: usize) -> Result<Self, MachineError> {
+        const ALIGN: usize = 2 << 20;
+        let once = Self::new(file, len)?;
+        let offset = once.start.align_offset(ALIGN);
+        if offset == 0 {
+            return Ok(once);
+        }
+        // A place that has room enough: found by mapping more, of which only the addresses count.
+        let room = Self::new(file, len.saturating_add(ALIGN))?;
+        let place = room.start.wrapping_add(room.start.align_offset(ALIGN));
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        let fd = file.as_raw_fd();
+        // SAFETY: MAP_FIXED replaces pages of `room` alone: `place` is at most ALIGN behind its
+        // start and it is ALIGN longer than `len`. Nobody else knows those addresses.
+        let start = unsafe { libc::mmap(place.cast(), len, protection, flags, fd, 0) };
+        if start == libc::MAP_FAILED {
+            return Err(last_error("mmap"));
+        }
+        let Self { start: begin, len: whole } = room;
+        let before = place as usize - begin as usize;
+        mem::forget(room);
+        for (at, rest) in [(begin, before), (place.wrapping_add(len), whole - before - len)] {
+            if rest > 0 {
+                // SAFETY: the ends of `room` on both sides of the new mapping, which nobody uses
+                // and nobody will unmap: it was forgotten.
+                let _ = unsafe { libc::munmap(at.cast(), rest) };
+            }
         }
         Ok(Self { start: start.cast(), len })
     }
@@ -99,7 +134,7 @@ impl GuestMemory {
         file.set_len(bytes).map_err(|source| MachineError::System { call: "ftruncate", source })?;
         // The mappings keep the memfd alive: the descriptor itself is not needed any longer.
         let len = bytes as usize;
-        Ok(Self { base: Mapping::new(&file, len)?, alias: Mapping::new(&file, len)?, pages })
+        Ok(Self { base: Mapping::aligned(&file, len)?, alias: Mapping::new(&file, len)?, pages })
     }
 
     /// The VMM's view.

@@ -173,6 +173,12 @@ impl Machine for KvmMachine {
         self.shared.doors.iter().for_each(Door::kick);
     }
 
+    fn has_huge_pages(&self) -> bool {
+        // KVM keeps shadows of the guest's tables by their place; a 2M entry that changes from the
+        // VMM's side, unseen, corrupts kernels before the fixes of 2026.
+        self.shared.paging == HostPaging::TwoDimensional
+    }
+
     fn pinned(&self) -> Vec<(u64, u64, u64)> {
         vec![(0, 0, stub::pages(self.shared.vcpus()))]
     }

@@ -28,7 +28,7 @@ use x86::segmentation::{
     SegmentDescriptorBuilder, SegmentSelector, SystemDescriptorTypes64,
 };
 
-use super::super::machine::{Command, MachineError, Op, PAGE};
+use super::super::machine::{Command, FACTOR, MachineError, Op, PAGE};
 use super::memory::GuestMemory;
 
 /// `out` to this port: the program finished its command.
@@ -57,14 +57,16 @@ const PAGES: u64 = 16;
 const STRIDE: u64 = 24;
 const TAG: u64 = 32;
 const ROUNDS: u64 = 40;
+const MASK: u64 = 48;
+const WRITTEN: u64 = 56;
+const DELAY: u64 = 64;
 
 // Numbers by which the program knows the operations.
 const WRITE: u64 = 0;
 const READ: u64 = 1;
 const VERIFY: u64 = 2;
-
-/// The factor in `machine::content`.
-const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
+const INCREMENT: u64 = 3;
+const CHURN: u64 = 4;
 
 // Position independent: the bytes are copied to guest memory and never run here. Registers of the
 // program:
@@ -72,6 +74,9 @@ const FACTOR: u64 = 0x9e37_79b9_7f4a_7c15;
 //   rdi address of the page, rsi pages left      r10 mismatches
 //   rbx first page, r12 pages, r13 stride        r11 first mismatch
 //   r14 tag, rbp rounds left, r8 operation       rax expected word, rcx factor, rdx scratch
+// Churn: rdx step, rdi other page's number, then its address, r12 other pages, r13 multiplier, r14
+// offset, rbp step to end at, rsi mask of a round, rax and r8 scratch. All but these parameters is
+// in the guest's memory, so the program may be stopped, or done elsewhere, at any point.
 global_asm!(
     ".pushsection .rodata.mini_vmm_stub, \"a\", @progbits",
     ".balign 16",
@@ -106,6 +111,8 @@ global_asm!(
     "    xor r9d, r9d",
     "    xor r10d, r10d",
     "    xor r11d, r11d",
+    "    cmp r8d, {churn}",
+    "    je .Lmini_vmm_churn",
     "2:  mov rdi, rbx", // a round
     "    mov rsi, r12",
     "    test rsi, rsi",
@@ -140,8 +147,42 @@ global_asm!(
     "    jnz 3b",
     "9:  dec rbp", // next round
     "    jnz 2b",
-    "    out {done}, al",
+    "9:  out {done}, al",
     "    jmp mini_vmm_stub_program", // the next command is in the mailbox
+    ".Lmini_vmm_churn:",
+    "    mov rsi, [r15 + {mask}]",
+    "2:  mov rdx, [rbx]", // a step
+    "    cmp rdx, rbp",
+    "    jae 9b",
+    "    mov rdi, rdx",
+    "    imul rdi, r13",
+    "    add rdi, r14",
+    "    and rdi, rsi",
+    "    cmp rdi, r12",
+    "    jae 5f",
+    "    mov rax, rdi",
+    "    imul rax, rcx",
+    "    shr rax, 57",
+    "    inc rdi",
+    "    shl rdi, 12",
+    "    add rdi, rbx",
+    "    cmp rax, [r15 + {written}]",
+    "    jae 4f",
+    "    mov rax, rdx",
+    "    rol rax, 32",
+    "    xor rax, rdi",
+    "    imul rax, rcx",
+    "    mov [rdi], rdx", // write
+    "    mov [rdi + 2048], rax",
+    "    jmp 5f",
+    "4:  mov rax, [rdi]", // read
+    "5:  inc r9", // next step
+    "    inc rdx",
+    "    mov [rbx], rdx",
+    "    mov r8, [r15 + {delay}]",
+    "6:  sub r8, 1",
+    "    jnc 6b",
+    "    jmp 2b",
     ".globl mini_vmm_stub_end",
     "mini_vmm_stub_end:",
     ".popsection",
@@ -156,6 +197,10 @@ global_asm!(
     stride = const STRIDE,
     tag = const TAG,
     rounds = const ROUNDS,
+    mask = const MASK,
+    written = const WRITTEN,
+    delay = const DELAY,
+    churn = const CHURN,
     read = const READ,
     verify = const VERIFY,
     factor = const FACTOR,
@@ -351,16 +396,35 @@ pub(super) fn post(
         Op::Write => WRITE,
         Op::Read => READ,
         Op::Verify => VERIFY,
-        Op::Increment => VERIFY + 1,
+        Op::Increment => INCREMENT,
+        Op::Churn(_) => CHURN,
     };
-    let words = [
+    let mut words = [
         (OP, op),
         (START, command.start),
         (PAGES, command.pages),
         (STRIDE, stride),
         (TAG, command.tag.rotate_left(32)),
         (ROUNDS, command.rounds),
+        (MASK, 0),
+        (WRITTEN, 0),
+        (DELAY, 0),
     ];
+    if let Op::Churn(churn) = command.op {
+        let round = churn.round(command.pages)?;
+        let limit = churn.limit(command.pages, command.rounds)?;
+        words = [
+            (OP, op),
+            (START, command.start),
+            (PAGES, command.pages - 1),
+            (STRIDE, churn.multiplier),
+            (TAG, churn.offset),
+            (ROUNDS, limit),
+            (MASK, round - 1),
+            (WRITTEN, churn.written),
+            (DELAY, churn.delay),
+        ];
+    }
     for (offset, word) in words {
         // ORDERING[kvm-stub]: Relaxed. Read by the guest after this thread, or one that it hands
         // the vCPU to, has entered KVM_RUN.

@@ -122,11 +122,7 @@ fn wrong_counts<F: SpteFormat>(vmm: &Vmm<F>, rounds: &[u64]) -> u64 {
     for (vcpu, rounds) in rounds.iter().enumerate() {
         for page in vmm.share(vcpu as u32) {
             let at = (vmm.layout.data.start + page) * crate::machine::PAGE + 8;
-            // SAFETY: `at + 8` is inside the machine's memory: `layout.data` ends where it ends.
-            let word = unsafe { memory.base.add(at as usize) }.cast::<AtomicU64>();
-            // SAFETY: mapped, 8-byte aligned, and shared memory that is only accessed atomically.
-            let word = unsafe { &*word };
-            wrong += u64::from(word.load(Ordering::Acquire) != *rounds);
+            wrong += u64::from(memory.load(at) != *rounds);
         }
     }
     wrong

@@ -39,17 +39,28 @@ impl Core {
     }
 }
 
+/// Memory begins at a multiple of this: then a slot's host and guest addresses agree in the bits
+/// that a 2 MiB page needs them to.
+const ALIGN: usize = 2 << 20;
+
 /// Anonymous shared memory, unmapped on drop.
 #[derive(Debug)]
 struct Mapping {
     memory: Memory,
-    len: usize,
+    /// What was mapped: from here so many bytes.
+    mapped: (*mut u8, usize),
 }
+
+// SAFETY: a mapping belongs to the process, not to a thread; its bytes are accessed atomically.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
 
 impl Mapping {
     fn new(pages: u64) -> Result<Self, MachineError> {
         let bytes = pages.checked_mul(PAGE).filter(|&bytes| bytes != 0);
-        let fitting = bytes.and_then(|bytes| Some((bytes, usize::try_from(bytes).ok()?)));
+        let fitting =
+            bytes.and_then(|bytes| Some((bytes, usize::try_from(bytes).ok()?.checked_add(ALIGN)?)));
         let (bytes, len) = fitting.ok_or_else(|| MachineError::Unsupported {
             detail: format!("a memory of {pages} pages"),
         })?;
@@ -70,17 +81,20 @@ impl Mapping {
         // Fewer page faults of the host. Where it does not help it does not matter.
         // SAFETY: `base..base + len` was mapped above; the advice does not change its contents.
         let _ = unsafe { libc::madvise(base, len, libc::MADV_HUGEPAGE) };
-        let memory = Memory { base: base.cast(), len: bytes };
-        Ok(Self { memory, len })
+        let start: *mut u8 = base.cast();
+        let aligned = start.wrapping_add(start.align_offset(ALIGN));
+        let memory = Memory { base: aligned, len: bytes };
+        Ok(Self { memory, mapped: (start, len) })
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        let (start, len) = self.mapped;
         // SAFETY: mapped in `new` with this length and not unmapped since. Those who copied the
         // address know that it is valid as long as the machine lives (`Memory::base`), and the
         // vCPUs keep `Shared`, hence this, alive.
-        let _ = unsafe { libc::munmap(self.memory.base.cast(), self.len) };
+        let _ = unsafe { libc::munmap(start.cast(), len) };
     }
 }
 
@@ -147,6 +161,13 @@ impl SoftMachine {
             mapping,
         });
         Ok(Self { shared })
+    }
+}
+
+impl SoftMachine {
+    /// Have the CPUs log the pages that they dirty, for [`Vcpu::take_log`].
+    pub fn log_dirtied(&self) {
+        self.shared.cores.iter().for_each(|core| core.lock().log_dirtied());
     }
 }
 

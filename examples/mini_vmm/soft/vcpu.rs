@@ -9,11 +9,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use mmu_model::{Access, AccessKind, Fault, FaultKind, SoftCpu};
 
-use super::super::machine::{Command, Exit, MachineError, Op, PAGE, Report, Vcpu, content};
+use super::super::machine::{
+    Churn, Command, Exit, FACTOR, MachineError, Op, PAGE, Report, Vcpu, content,
+};
 use super::{Core, Shared};
 
 /// Pages executed before flushes and kicks get their turn: a few microseconds.
 const CHUNK: u32 = 64;
+/// Turns of the empty loop of [`Churn::delay`] before kicks get their turn, but for one page.
+const IDLE: u64 = 1 << 15;
+
+/// Pages in a CPU's log with which it leaves its guest: real ones have room for 512.
+const LOG_FULL: usize = 256;
 
 /// Where `Op::Write` and `Op::Verify` have their second word.
 const SECOND_WORD: u64 = 2048;
@@ -64,6 +71,23 @@ impl Program {
         Some(self.gva)
     }
 
+    /// Pages of a chunk.
+    fn chunk(&self) -> u64 {
+        match self.command.op {
+            Op::Churn(churn) => (IDLE / churn.delay.saturating_add(1)).clamp(1, u64::from(CHUNK)),
+            _ => u64::from(CHUNK),
+        }
+    }
+
+    /// What [`Churn::delay`] asks for a chunk; outside the lock of the core.
+    fn idle(&self) {
+        if let Op::Churn(churn) = self.command.op {
+            for turn in 0..churn.delay.saturating_mul(self.chunk()) {
+                std::hint::black_box(turn);
+            }
+        }
+    }
+
     /// The page is done.
     fn advance(&mut self, matched: bool) {
         if !matched {
@@ -89,6 +113,9 @@ fn check(command: &Command) -> Result<(), MachineError> {
     let length = command.stride.checked_mul(PAGE).and_then(|step| step.checked_mul(steps));
     if length.and_then(|length| command.start.checked_add(length)).is_none() {
         return unsupported(format!("beyond the address space: {command:?}"));
+    }
+    if let Op::Churn(churn) = command.op {
+        let _ = churn.limit(command.pages, command.rounds)?;
     }
     Ok(())
 }
@@ -154,6 +181,10 @@ impl Vcpu for SoftVcpu {
         Ok(())
     }
 
+    fn take_log(&mut self) -> Vec<u64> {
+        self.core().map(|core| core.lock().take_log()).unwrap_or_default()
+    }
+
     fn run(&mut self) -> Result<Exit, MachineError> {
         let core = self.core()?;
         let (Some(mut program), Some(_)) = (self.program, self.root) else {
@@ -174,7 +205,9 @@ impl Vcpu for SoftVcpu {
                 }
                 ControlFlow::Break(Err(stop)) => self.exit(stop),
                 ControlFlow::Continue(()) => {
-                    if self.shared.kicks.load(Ordering::Acquire) == kicks {
+                    program.idle();
+                    let full = core.lock().logged() >= LOG_FULL;
+                    if !full && self.shared.kicks.load(Ordering::Acquire) == kicks {
                         continue;
                     }
                     Ok(Exit::Kicked)
@@ -195,6 +228,9 @@ struct Guest<'a> {
 impl Guest<'_> {
     /// Execute a chunk. Breaks when the program is done or stops.
     fn execute(&mut self, program: &mut Program) -> ControlFlow<Result<Report, Stop>> {
+        if let Op::Churn(churn) = program.command.op {
+            return self.churn(program, &churn);
+        }
         for _ in 0..CHUNK {
             let Some(gva) = program.next() else {
                 return ControlFlow::Break(Ok(program.report));
@@ -205,6 +241,47 @@ impl Guest<'_> {
             }
         }
         ControlFlow::Continue(())
+    }
+
+    /// A chunk of [`Op::Churn`]: nothing of its progress is kept outside guest memory.
+    fn churn(&mut self, program: &mut Program, churn: &Churn) -> ControlFlow<Result<Report, Stop>> {
+        let Command { start, pages, rounds, .. } = program.command;
+        let (round, others) = ((pages - 1).next_power_of_two(), pages - 1);
+        for _ in 0..program.chunk() {
+            match self.churn_step(churn, start, others, round, rounds) {
+                Ok(true) => program.report.pages += 1,
+                Ok(false) => return ControlFlow::Break(Ok(program.report)),
+                Err(stop) => return ControlFlow::Break(Err(stop)),
+            }
+        }
+        ControlFlow::Continue(())
+    }
+
+    /// One step; false if there is none left.
+    fn churn_step(
+        &mut self,
+        churn: &Churn,
+        control: u64,
+        others: u64,
+        round: u64,
+        rounds: u64,
+    ) -> Result<bool, Stop> {
+        let step = self.load(control)?;
+        if step / round >= rounds {
+            return Ok(false);
+        }
+        let other = step.wrapping_mul(churn.multiplier).wrapping_add(churn.offset) % round;
+        if other < others {
+            let gva = control + (other + 1) * PAGE;
+            if other.wrapping_mul(FACTOR) >> 57 < churn.written {
+                self.store(gva, step)?;
+                self.store(gva + SECOND_WORD, content(gva, step))?;
+            } else {
+                let _ = self.load(gva)?;
+            }
+        }
+        self.store(control, step + 1)?;
+        Ok(true)
     }
 
     /// Do one page. False if its content was not what was expected. A page that stops half-way is
@@ -227,6 +304,8 @@ impl Guest<'_> {
                 self.store(gva + COUNTER, count.wrapping_add(1))?;
                 Ok(true)
             }
+            // Does not go by pages.
+            Op::Churn(_) => Ok(true),
         }
     }
 

@@ -78,6 +78,7 @@ pub struct SoftCpu {
     psc: Psc,
     denial: Denial,
     stats: Stats,
+    log: Option<Vec<u64>>,
 }
 
 impl SoftCpu {
@@ -91,7 +92,26 @@ impl SoftCpu {
             psc: Psc::new(caches.psc, caches.seed.wrapping_add(1)),
             denial: Denial::default(),
             stats: Stats::default(),
+            log: None,
         }
+    }
+
+    /// Note, from now on, the page of each access whose walk sets a dirty bit (page-modification
+    /// logging). Real logs have room for 512 pages and leave the guest when it is used up; here
+    /// whoever runs the processor looks at [`SoftCpu::logged`] in time.
+    pub fn log_dirtied(&mut self) {
+        self.log.get_or_insert_default();
+    }
+
+    /// Number of pages in the log.
+    #[must_use]
+    pub fn logged(&self) -> usize {
+        self.log.as_ref().map_or(0, Vec::len)
+    }
+
+    /// Empty the log: numbers of 4 KiB pages, in the order of the writes.
+    pub fn take_log(&mut self) -> Vec<u64> {
+        self.log.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// The same processor with other choices where hardware has a choice.
@@ -178,6 +198,10 @@ impl SoftCpu {
         };
         let mut path = Path::default();
         let result = self.walker.resume(mem, from, address, access, &mut path);
+        let dirtied = result.as_ref().is_ok_and(|translation| translation.dirtied);
+        if let Some(log) = self.log.as_mut().filter(|_| dirtied) {
+            log.push(address >> 12);
+        }
         let (reads, restarts) = match &result {
             Ok(translation) => (translation.reads, translation.restarts),
             Err(fault) => (fault.reads, 0),

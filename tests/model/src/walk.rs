@@ -37,6 +37,8 @@ pub struct Translation {
     pub permissions: Permissions,
     /// The leaf's dirty bit is set, or the format has none: a write needs no other walk.
     pub dirty: bool,
+    /// This walk has set it.
+    pub dirtied: bool,
     /// Entries read, over all attempts.
     pub reads: u32,
     /// Attempts lost to changes by others.
@@ -138,7 +140,7 @@ impl Path {
 
 /// The end of one attempt.
 enum Attempt {
-    Translated(Step, u64, bool),
+    Translated(Step, u64, [bool; 2]),
     Faulted(FaultKind, u8, Permissions),
     Lost,
 }
@@ -218,12 +220,13 @@ impl Walker {
         for restarts in 0..ATTEMPTS_MAX {
             match self.attempt(mem, from, address, access, path, &mut reads) {
                 Attempt::Lost => {}
-                Attempt::Translated(leaf, pa, dirty) => {
+                Attempt::Translated(leaf, pa, [dirty, dirtied]) => {
                     return Ok(Translation {
                         pa,
                         level: leaf.level,
                         permissions: leaf.permissions,
                         dirty,
+                        dirtied,
                         reads,
                         restarts,
                     });
@@ -343,7 +346,8 @@ impl Walker {
         if wanted != entry && mem.cas(at, entry, wanted) != Some(Ok(())) {
             return Attempt::Lost;
         }
-        Attempt::Translated(leaf, pa, wanted & dirty == dirty)
+        let dirtied = wanted & !entry & dirty != 0;
+        Attempt::Translated(leaf, pa, [wanted & dirty == dirty, dirtied])
     }
 }
 
