@@ -24,6 +24,30 @@ pub enum FormatChoice {
     Ept,
 }
 
+/// How dirty pages are asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogMode {
+    /// A bitmap per slot; taking it protects its pages again.
+    Bitmap,
+    /// A bitmap per slot; looking at it changes nothing, clearing parts of it protects those.
+    Clear,
+    /// A ring per vCPU.
+    Ring,
+    /// Rings and bitmaps at once.
+    Both,
+}
+
+/// How writes are noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracking {
+    /// Write-protected entries: the first write of a page faults.
+    WriteProtect,
+    /// The dirty bits of the entries.
+    DirtyBit,
+    /// The CPU lists the pages that it dirties; the software CPU can.
+    HardwareLog,
+}
+
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -47,6 +71,60 @@ pub struct Options {
     pub seed: u64,
     /// Seconds of stress.
     pub seconds: u64,
+    /// How dirty pages are asked for.
+    pub mode: LogMode,
+    /// How writes are noticed.
+    pub tracking: Tracking,
+    /// Pages of 2 MiB where logging does not forbid them.
+    pub huge: bool,
+    /// Harvests; rounds of a migration.
+    pub iterations: u64,
+    /// Share of the pages that is written, in percent.
+    pub write_percent: u64,
+    /// Turns of an empty loop after each access; `None`: the scenario's default.
+    pub delay: Option<u64>,
+    /// Memory slots.
+    pub slots: u64,
+    /// Logging is disabled under running vCPUs.
+    pub run_while_disabling: bool,
+    /// vCPUs visit their pages in a pseudo-random order.
+    pub random: bool,
+    /// Take a VM here.
+    pub listen: Option<String>,
+    /// Send a VM there.
+    pub to: Option<String>,
+    /// Seconds that a peer may take for a frame.
+    pub timeout: u64,
+}
+
+impl Options {
+    /// The scenario `scenario` with every default.
+    pub fn new(scenario: Option<String>) -> Self {
+        Self {
+            scenario,
+            vcpus: 2,
+            memory: None,
+            cpu: CpuChoice::Auto,
+            format: FormatChoice::Legacy,
+            json: None,
+            plot: None,
+            parallel: false,
+            seed: 1,
+            seconds: 5,
+            mode: LogMode::Bitmap,
+            tracking: Tracking::WriteProtect,
+            huge: false,
+            iterations: 8,
+            write_percent: 100,
+            delay: None,
+            slots: 1,
+            run_while_disabling: false,
+            random: false,
+            listen: None,
+            to: None,
+            timeout: 10,
+        }
+    }
 }
 
 /// How to use it.
@@ -60,6 +138,8 @@ scenarios
     demand-paging      vCPUs fault their memory in and verify it
     access-tracking    age the guest's memory: touch, mark idle, touch again
     stress             faults, zaps, aging, slot deletion and re-creation at once
+    dirty-log          which pages were written: enable, harvest under writing vCPUs, disable
+    migrate            a running VM moves into another process, or within this one
 
 options
     --vcpus N          number of vCPUs (2)
@@ -68,30 +148,32 @@ options
     --format legacy|npt|ept   format of the tables; npt and ept need --cpu soft (legacy)
     -p                 access-tracking: age while the vCPUs fault
     --seconds N        stress: how long (5)
+    --mode bitmap|clear|ring|both   dirty-log, migrate: how dirty pages are asked for (bitmap)
+    --tracking wp|dirty-bit|hardware-log   and how writes are noticed (wp); a hardware log
+                       needs --cpu soft
+    --pages 4k|2m      dirty-log: largest page where logging does not forbid it (4k)
+    --iterations N     dirty-log: harvests of each kind (8); migrate: rounds at most
+    --write-percent N  share of the pages that the vCPUs write; they read the others (100)
+    --delay N          turns of an empty loop after each access: a slower writer (dirty-log 0,
+                       migrate 100000)
+    --slots N          memory slots (1)
+    -e                 dirty-log: vCPUs run on while logging is disabled
+    --random           vCPUs visit their pages in a pseudo-random order
+    --listen ADDR      migrate: take a VM here, such as 127.0.0.1:7000
+    --to ADDR          migrate: send a VM there; without both, both ends in one command
+    --timeout N        migrate: seconds that a peer may take for a frame (10)
     --seed N           seed of what is random
     --json FILE        write checks, counters and metrics as one JSON object
     --plot FILE        draw what was measured, as SVG
 ";
 
 /// Scenarios whose names are reserved and that have not landed.
-pub const NOT_YET: [&str; 6] =
-    ["dirty-log", "migrate", "tiering", "passthrough", "shadow", "nested"];
+pub const NOT_YET: [&str; 4] = ["tiering", "passthrough", "shadow", "nested"];
 
 /// Parse the arguments.
 pub fn parse() -> Result<Options, String> {
     use lexopt::prelude::*;
-    let mut options = Options {
-        scenario: None,
-        vcpus: 2,
-        memory: None,
-        cpu: CpuChoice::Auto,
-        format: FormatChoice::Legacy,
-        json: None,
-        plot: None,
-        parallel: false,
-        seed: 1,
-        seconds: 5,
-    };
+    let mut options = Options::new(None);
     let mut parser = lexopt::Parser::from_env();
     while let Some(argument) = parser.next().map_err(|error| error.to_string())? {
         let text = |parser: &mut lexopt::Parser| -> Result<String, String> {
@@ -106,20 +188,47 @@ pub fn parse() -> Result<Options, String> {
             Long("json") => options.json = Some(text(&mut parser)?.into()),
             Long("plot") => options.plot = Some(text(&mut parser)?.into()),
             Short('p') => options.parallel = true,
+            Short('e') => options.run_while_disabling = true,
+            Long("random") => options.random = true,
+            Long("iterations") => options.iterations = number(&text(&mut parser)?, 1, 1000)?,
+            Long("write-percent") => options.write_percent = number(&text(&mut parser)?, 0, 100)?,
+            Long("delay") => options.delay = Some(number(&text(&mut parser)?, 0, 1 << 20)?),
+            Long("slots") => options.slots = number(&text(&mut parser)?, 1, 256)?,
+            Long("timeout") => options.timeout = number(&text(&mut parser)?, 1, 3600)?,
+            Long("listen") => options.listen = Some(text(&mut parser)?),
+            Long("to") => options.to = Some(text(&mut parser)?),
+            Long("mode") => {
+                let modes = [
+                    ("bitmap", LogMode::Bitmap),
+                    ("clear", LogMode::Clear),
+                    ("ring", LogMode::Ring),
+                    ("both", LogMode::Both),
+                ];
+                options.mode = one_of("--mode", &text(&mut parser)?, &modes)?;
+            }
+            Long("tracking") => {
+                let ways = [
+                    ("wp", Tracking::WriteProtect),
+                    ("dirty-bit", Tracking::DirtyBit),
+                    ("hardware-log", Tracking::HardwareLog),
+                ];
+                options.tracking = one_of("--tracking", &text(&mut parser)?, &ways)?;
+            }
+            Long("pages") => {
+                let sizes = [("4k", false), ("2m", true)];
+                options.huge = one_of("--pages", &text(&mut parser)?, &sizes)?;
+            }
             Long("cpu") => {
-                options.cpu = match text(&mut parser)?.as_str() {
-                    "kvm" => CpuChoice::Kvm,
-                    "soft" => CpuChoice::Soft,
-                    other => return Err(format!("--cpu {other}: must be kvm or soft")),
-                }
+                let cpus = [("kvm", CpuChoice::Kvm), ("soft", CpuChoice::Soft)];
+                options.cpu = one_of("--cpu", &text(&mut parser)?, &cpus)?;
             }
             Long("format") => {
-                options.format = match text(&mut parser)?.as_str() {
-                    "legacy" => FormatChoice::Legacy,
-                    "npt" => FormatChoice::Npt,
-                    "ept" => FormatChoice::Ept,
-                    other => return Err(format!("--format {other}: must be legacy, npt or ept")),
-                }
+                let formats = [
+                    ("legacy", FormatChoice::Legacy),
+                    ("npt", FormatChoice::Npt),
+                    ("ept", FormatChoice::Ept),
+                ];
+                options.format = one_of("--format", &text(&mut parser)?, &formats)?;
             }
             Long("help") | Short('h') => {
                 print!("{USAGE}");
@@ -132,6 +241,15 @@ pub fn parse() -> Result<Options, String> {
         }
     }
     Ok(options)
+}
+
+/// The value that goes by the name `text`.
+fn one_of<T: Copy>(option: &str, text: &str, values: &[(&str, T)]) -> Result<T, String> {
+    let found = values.iter().find(|(name, _)| *name == text);
+    found.map(|(_, value)| *value).ok_or_else(|| {
+        let names: Vec<_> = values.iter().map(|(name, _)| *name).collect();
+        format!("{option} {text}: must be {}", names.join(" or "))
+    })
 }
 
 fn number(text: &str, min: u64, max: u64) -> Result<u64, String> {

@@ -1,12 +1,14 @@
 //! The VMM as the MMU's embedder: frames, flushes with completion, page resolution.
 //!
-//! Owns [`VmmHost`], which implements the traits an embedder implements, and [`Gates`], the
-//! handshake between vCPU threads and a request to reload roots.
+//! Owns [`VmmHost`], which implements the traits an embedder implements, [`Gates`], the
+//! handshake between vCPU threads and a request to reload roots, and [`Pause`], by which somebody
+//! gets to see a VM that stands still.
 
 use std::ops::Range;
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use mmu_core::access::Access;
 use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
@@ -51,6 +53,115 @@ impl Gates {
             kick();
             std::thread::yield_now();
         }
+    }
+}
+
+/// How long whoever pauses a VM waits before it kicks again: a kick reaches only vCPUs that are in
+/// the guest at that moment.
+const KICK_AGAIN: Duration = Duration::from_millis(1);
+
+/// Lets vCPU threads stand still between two entries, and ends what they run.
+#[derive(Debug, Default)]
+pub struct Pause {
+    state: Mutex<PauseState>,
+    changed: Condvar,
+    /// Somebody wants something: `state` tells what. A hint, written under the mutex; a vCPU that
+    /// reads the old value is kicked again.
+    wanted: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct PauseState {
+    /// Number of those who want the VM to stand still.
+    pauses: u32,
+    /// Threads that run a vCPU and do not stand still.
+    running: u32,
+    stop: bool,
+}
+
+impl Pause {
+    fn lock(&self) -> MutexGuard<'_, PauseState> {
+        // Nothing panics while it holds the lock.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn want(&self, state: &PauseState) {
+        self.wanted.store(state.pauses > 0 || state.stop, Ordering::Release);
+    }
+
+    /// The calling thread is about to run a vCPU, until it drops the answer. Waits while the VM is
+    /// paused.
+    pub fn running(&self) -> Running<'_> {
+        self.begin();
+        Running(self)
+    }
+
+    fn begin(&self) {
+        let mut state = self.lock();
+        while state.pauses > 0 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        state.running += 1;
+    }
+
+    fn end(&self) {
+        self.lock().running -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Called between two entries: stands still while the VM is paused. True if vCPUs are to stop.
+    #[inline]
+    pub fn stand(&self) -> bool {
+        if !self.wanted.load(Ordering::Acquire) {
+            return false;
+        }
+        self.end();
+        self.begin();
+        self.lock().stop
+    }
+
+    /// Until the answer is dropped no thread runs a vCPU.
+    pub fn pause(&self, kick: impl Fn()) -> Paused<'_> {
+        let mut state = self.lock();
+        state.pauses += 1;
+        self.want(&state);
+        while state.running > 0 {
+            kick();
+            let waited = self.changed.wait_timeout(state, KICK_AGAIN);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Paused(self)
+    }
+
+    /// Programs that may be stopped are to stop now, or need not any longer.
+    pub fn stop(&self, stop: bool) {
+        let mut state = self.lock();
+        state.stop = stop;
+        self.want(&state);
+    }
+}
+
+/// A thread that runs a vCPU, also one that panics.
+#[derive(Debug)]
+pub struct Running<'a>(&'a Pause);
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// A VM that stands still; see [`Pause::pause`].
+#[must_use = "dropped, the vCPUs go on"]
+#[derive(Debug)]
+pub struct Paused<'a>(&'a Pause);
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.pauses -= 1;
+        self.0.want(&state);
+        self.0.changed.notify_all();
     }
 }
 
@@ -172,6 +283,10 @@ impl TlbFlush for VmmHost {
             // Going on with stale translations would corrupt the guest silently.
             panic!("the machine could not flush: {error}");
         }
+    }
+
+    fn sync_hardware_log(&self) {
+        self.gates.wait_out(|| self.machine.kick_all());
     }
 }
 

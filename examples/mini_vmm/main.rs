@@ -5,17 +5,22 @@
 //! Run `--help` for the commands.
 //!
 //! Reading order: `machine` (what a machine offers), `host` (the VMM as embedder of the crates),
-//! `vmm` (the loop from exit to fault), `scenario/*`.
+//! `vmm` (the loop from exit to fault), `workload` (the program that writes all the time), `log`
+//! (asking for dirty pages), `migrate`, `scenario/*`.
 #![allow(clippy::cast_possible_truncation, reason = "an example on 64-bit hosts")]
 
 mod cli;
 mod host;
 mod kvm;
+mod log;
 mod machine;
+mod migrate;
+mod pages;
 mod report;
 mod scenario;
 mod soft;
 mod vmm;
+mod workload;
 
 use std::process::ExitCode;
 

@@ -10,14 +10,15 @@ use std::time::Instant;
 
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Hva, Level};
+use mmu_core::dirty::DirtyRing;
 use mmu_core::fault::{FaultOutcome, PageFault};
-use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest, SlotWriter};
+use mmu_core::slot::{LogOptions, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::{SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
 use mmu_core::vm::{Actor, VmCore};
-use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
+use tdp_mmu::{DirtyTracking, TdpMmu, TdpOptions, TdpVcpu};
 
-use super::host::{DATA_GFN, Gates, VmmHost};
+use super::host::{DATA_GFN, Gates, Pause, Paused, VmmHost};
 use super::machine::{self, Command, Exit, Layout, Machine, PAGE};
 use super::report::Report;
 
@@ -40,12 +41,24 @@ pub struct Shape {
     pub level: Level,
     /// Throw flushes away, to show what they are for.
     pub forget_flushes: bool,
+    /// How writes to logged slots are noticed.
+    pub tracking: DirtyTracking,
+    /// How a slot's dirty log begins.
+    pub log: LogOptions,
 }
 
 impl Shape {
     /// 4 KiB pages in one slot.
     pub fn new(vcpus: u32, pages: u64) -> Self {
-        Self { vcpus, pages, slots: 1, level: Level::L1, forget_flushes: false }
+        Self {
+            vcpus,
+            pages,
+            slots: 1,
+            level: Level::L1,
+            forget_flushes: false,
+            tracking: DirtyTracking::WriteProtect,
+            log: LogOptions::default(),
+        }
     }
 
     /// Where things stand in physical memory.
@@ -71,6 +84,8 @@ pub struct Exits {
     pub retried: AtomicU64,
     /// Of those, on a gfn without slot: waited and tried again.
     pub no_slot: AtomicU64,
+    /// Of those, with the dirty ring full: the vCPU harvested and reset it.
+    pub ring_full: AtomicU64,
     /// Roots loaded.
     pub reloads: AtomicU64,
 }
@@ -90,6 +105,9 @@ pub struct Vmm<F: SpteFormat> {
     /// Counts.
     pub exits: Exits,
     gates: Arc<Gates>,
+    pause: Pause,
+    /// Data pages that were harvested from dirty rings, and reset. Held while somebody does that.
+    harvested: Mutex<Vec<u64>>,
 }
 
 impl<F: SpteFormat> Vmm<F> {
@@ -110,8 +128,11 @@ impl<F: SpteFormat> Vmm<F> {
         )?;
         let limits = SlotLimits::new(1, config.max_gfn_exclusive());
         let participants = shape.vcpus as usize + 8;
-        let (core, slots) = VmCore::new(host, participants, limits, std::thread::yield_now)?;
-        let mmu = TdpMmu::new(core, config, TdpOptions::default());
+        let give_up = std::thread::yield_now;
+        let (core, slots) = VmCore::with_log(host, participants, limits, give_up, shape.log)?;
+        let mut options = TdpOptions::default();
+        options.dirty = shape.tracking;
+        let mmu = TdpMmu::new(core, config, options);
         let vmm = Arc::new(Self {
             machine,
             mmu,
@@ -120,11 +141,13 @@ impl<F: SpteFormat> Vmm<F> {
             shape,
             exits: Exits::default(),
             gates,
+            pause: Pause::default(),
+            harvested: Mutex::new(Vec::new()),
         });
         let mut actor = vmm.actor()?;
         for (index, (linear, physical, pages)) in vmm.machine.pinned().into_iter().enumerate() {
             let id = PINNED_SLOT + index as u16;
-            vmm.set_slot(&mut actor, id, linear, physical, pages)?;
+            vmm.set_slot(&mut actor, id, linear, physical, pages, SlotFlags::empty())?;
         }
         for slot in 0..vmm.shape.slots {
             vmm.create_slot(&mut actor, slot)?;
@@ -144,6 +167,7 @@ impl<F: SpteFormat> Vmm<F> {
         gfn: u64,
         page: u64,
         pages: u64,
+        flags: SlotFlags,
     ) -> Result<(), Error> {
         let request = SlotRequest {
             as_id: 0,
@@ -151,7 +175,7 @@ impl<F: SpteFormat> Vmm<F> {
             base: Gpa::new(gfn * PAGE),
             bytes: pages * PAGE,
             hva: Hva::new(self.mmu.vm().host().hva(page)),
-            flags: SlotFlags::empty(),
+            flags,
         };
         let mut slots = self.slots.lock().map_err(|_| "a thread panicked holding the slots")?;
         let _ = self.mmu.set_slot(&mut slots, actor, &request)?;
@@ -166,15 +190,26 @@ impl<F: SpteFormat> Vmm<F> {
 
     /// Create data slot `slot`.
     pub fn create_slot(&self, actor: &mut Actor<VmmHost>, slot: u64) -> Result<(), Error> {
+        self.flag_slot(actor, slot, SlotFlags::empty())
+    }
+
+    /// Give data slot `slot` these flags; it is created if there is none.
+    pub fn flag_slot(
+        &self,
+        actor: &mut Actor<VmmHost>,
+        slot: u64,
+        flags: SlotFlags,
+    ) -> Result<(), Error> {
         let pages = self.slot_pages(slot);
         let physical = self.layout.data.start + pages.start;
         let count = pages.end - pages.start;
-        self.set_slot(actor, slot as u16, DATA_GFN + pages.start, physical, count)
+        self.set_slot(actor, slot as u16, DATA_GFN + pages.start, physical, count, flags)
     }
 
     /// Delete data slot `slot`; when this returns no vCPU reaches its pages.
     pub fn delete_slot(&self, actor: &mut Actor<VmmHost>, slot: u64) -> Result<(), Error> {
-        self.set_slot(actor, slot as u16, DATA_GFN, self.layout.data.start, 0)
+        let (id, start) = (slot as u16, self.layout.data.start);
+        self.set_slot(actor, id, DATA_GFN, start, 0, SlotFlags::empty())
     }
 
     /// The guest frames of data pages.
@@ -187,10 +222,78 @@ impl<F: SpteFormat> Vmm<F> {
         self.gfns(0..self.shape.pages)
     }
 
+    /// Harvest the dirty rings and reset them.
+    pub fn drain_rings(&self, actor: &mut Actor<VmmHost>) -> Result<(), Error> {
+        // Held all the while: whoever takes the pages reads their contents, which is too early
+        // before they were reset.
+        let mut harvested = self.harvested.lock().map_err(|_| "a thread panicked draining")?;
+        let core = Arc::clone(self.mmu.vm());
+        for page in core.rings().iter().flat_map(DirtyRing::consumer) {
+            let slot = self.slot_pages(u64::from(page.key.id));
+            harvested.push(slot.start + page.offset);
+        }
+        let _ = self.mmu.reset_rings(actor)?;
+        Ok(())
+    }
+
+    /// The data pages that were in dirty rings since the last call.
+    pub fn take_harvested(&self) -> Result<Vec<u64>, Error> {
+        let mut harvested = self.harvested.lock().map_err(|_| "a thread panicked draining")?;
+        Ok(std::mem::take(&mut *harvested))
+    }
+
+    /// Leaves of 4 KiB, 2 MiB and 1 GiB that map guest data, recounted.
+    pub fn sizes(&self, actor: &mut Actor<VmmHost>) -> Result<[u64; 3], Error> {
+        let mut sizes = self.mmu.check(actor)?.leaves;
+        let pinned: u64 = self.machine.pinned().iter().map(|(_, _, pages)| pages).sum();
+        sizes[0] -= pinned;
+        Ok(sizes)
+    }
+
     /// The share of the data pages that belongs to one vCPU.
     pub fn share(&self, vcpu: u32) -> Range<u64> {
         let (vcpu, vcpus) = (u64::from(vcpu), u64::from(self.shape.vcpus));
         self.shape.pages * vcpu / vcpus..self.shape.pages * (vcpu + 1) / vcpus
+    }
+
+    /// Make the VM stand still until the answer is dropped: no vCPU is in the guest, and none
+    /// handles a fault. Not to be called by a thread that runs a vCPU.
+    pub fn pause(&self) -> Paused<'_> {
+        self.pause.pause(|| self.machine.kick_all())
+    }
+
+    /// End programs that may be stopped ([`VmmVcpu::run_until_stopped`]), and those that are begun
+    /// until [`Vmm::unstop`].
+    pub fn stop(&self) {
+        self.pause.stop(true);
+        // One that was not in the guest just now is kicked out by this.
+        drop(self.pause());
+    }
+
+    /// Programs may run again.
+    pub fn unstop(&self) {
+        self.pause.stop(false);
+    }
+
+    /// The word at `offset` of data page `page`, as the VMM sees it.
+    pub fn word(&self, page: u64, offset: u64) -> u64 {
+        self.machine.memory().load((self.layout.data.start + page) * PAGE + offset)
+    }
+
+    /// The words of data page `page`.
+    pub fn page(&self, page: u64) -> impl Iterator<Item = u64> + use<F> {
+        let memory = self.machine.memory();
+        let start = (self.layout.data.start + page) * PAGE;
+        (start..start + PAGE).step_by(8).map(move |at| memory.load(at))
+    }
+
+    /// Put these words into data page `page`. No vCPU has run yet: nothing is logged.
+    pub fn fill_page(&self, page: u64, words: impl Iterator<Item = u64>) {
+        let memory = self.machine.memory();
+        let start = (self.layout.data.start + page) * PAGE;
+        for (at, word) in (start..start + PAGE).step_by(8).zip(words) {
+            memory.store(at, word);
+        }
     }
 
     /// Create vCPU `id`.
@@ -201,6 +304,7 @@ impl<F: SpteFormat> Vmm<F> {
             machine: self.machine.vcpu(id)?,
             tdp: TdpVcpu::new(&self.mmu, 0)?,
             loaded: None,
+            busy: false,
             handling_ns: None,
         })
     }
@@ -287,6 +391,8 @@ pub struct VmmVcpu<F: SpteFormat> {
     tdp: TdpVcpu<F, VmmHost>,
     /// The root the machine was given.
     loaded: Option<u64>,
+    /// A program was given and is not done.
+    busy: bool,
     /// When set, the time each fault took in the MMU is noted.
     pub handling_ns: Option<Vec<u64>>,
 }
@@ -300,16 +406,76 @@ impl<F: SpteFormat> VmmVcpu<F> {
     /// Run a guest program to its end.
     pub fn run(&mut self, command: &Command) -> Result<machine::Report, Error> {
         self.machine.start(command)?;
+        self.busy = true;
         loop {
+            if let Some(report) = self.go_on()? {
+                return Ok(report);
+            }
+        }
+    }
+
+    /// Run a guest program to its end or until [`Vmm::stop`]: then the answer is `None`, the
+    /// program is where it is, and the vCPU runs nothing else but the rest of it
+    /// ([`VmmVcpu::go_on`]).
+    pub fn run_until_stopped(
+        &mut self,
+        command: &Command,
+    ) -> Result<Option<machine::Report>, Error> {
+        self.machine.start(command)?;
+        self.busy = true;
+        self.go_on()
+    }
+
+    /// Was its program stopped before its end?
+    pub fn is_busy(&self) -> bool {
+        self.busy
+    }
+
+    /// Go on with a program that was stopped.
+    pub fn go_on(&mut self) -> Result<Option<machine::Report>, Error> {
+        let vmm = Arc::clone(&self.vmm);
+        let _running = vmm.pause.running();
+        self.enter_until_done()
+    }
+
+    fn enter_until_done(&mut self) -> Result<Option<machine::Report>, Error> {
+        loop {
+            if self.vmm.pause.stand() {
+                return Ok(None);
+            }
             self.enter()?;
             let exit = self.machine.run();
+            let logged = self.log_hardware();
             self.vmm.gates.leave(self.id);
+            logged?;
             match exit? {
-                Exit::Done(report) => return Ok(report),
+                Exit::Done(report) => {
+                    self.busy = false;
+                    return Ok(Some(report));
+                }
                 Exit::Kicked => {}
                 Exit::Fault { gva, error } => self.fault(gva, error)?,
             }
         }
+    }
+
+    /// Hand over what the CPU logged. Before the vCPU is seen to have left: who waits for that
+    /// takes the log to be in.
+    fn log_hardware(&mut self) -> Result<(), Error> {
+        let pages = self.machine.take_log();
+        let mut rest = pages.as_slice();
+        while !rest.is_empty() {
+            match self.tdp.log_hardware(rest.iter().map(|page| Gfn::new(*page))) {
+                Ok(_) => rest = &[],
+                Err(full) => {
+                    let done = rest.iter().position(|page| *page == full.next.get());
+                    rest = &rest[done.unwrap_or(0)..];
+                    self.vmm.exits.ring_full.fetch_add(1, Ordering::Relaxed);
+                    self.vmm.drain_rings(self.tdp.actor())?;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Run a guest program over data pages.
@@ -390,9 +556,8 @@ impl<F: SpteFormat> VmmVcpu<F> {
                 Err(format!("guest access at {gva:#x} must be emulated: {reason}").into())
             }
             FaultOutcome::RingFull => {
-                // Whoever harvests makes room.
-                std::thread::yield_now();
-                Ok(())
+                self.vmm.exits.ring_full.fetch_add(1, Ordering::Relaxed);
+                self.vmm.drain_rings(self.tdp.actor())
             }
             FaultOutcome::WriteProtected => {
                 Err(format!("guest write at {gva:#x} hit a write-protected page").into())

@@ -2,21 +2,30 @@
 
 mod access_tracking;
 mod demand_paging;
+mod dirty_log;
+mod migration;
 mod stress;
 
 use std::sync::Arc;
 
+use mmu_core::dirty::RingSize;
+use mmu_core::slot::LogOptions;
 use mmu_core::spte::{Capabilities, Ept, Legacy, Npt, SpteConfig, SpteFormat};
+use tdp_mmu::DirtyTracking;
 
-use super::cli::{CpuChoice, FormatChoice, Options};
+use super::cli::{CpuChoice, FormatChoice, LogMode, Options, Tracking};
 use super::kvm::KvmMachine;
-use super::machine::{Layout, Machine, PAGE};
+use super::machine::{Churn, Layout, Machine, PAGE};
 use super::report::Report;
 use super::soft::SoftMachine;
 use super::vmm::{Error, Shape, Vmm};
+use super::workload::Workload;
+
+/// Shared memory of a dirty ring: small, so that rings do fill up.
+const RING_BYTES: u64 = 16 << 10;
 
 /// Scenarios in the order of the tour.
-pub const NAMES: [&str; 3] = ["demand-paging", "access-tracking", "stress"];
+pub const NAMES: [&str; 5] = ["demand-paging", "access-tracking", "stress", "dirty-log", "migrate"];
 
 /// Run one scenario.
 pub fn run(name: &str, options: &Options) -> Result<Report, Error> {
@@ -38,6 +47,8 @@ fn run_as<F: SpteFormat>(
         "demand-paging" => demand_paging::run(&builder),
         "access-tracking" => access_tracking::run(&builder),
         "stress" => stress::run(&builder),
+        "dirty-log" => dirty_log::run(&builder),
+        "migrate" => migration::run(&builder),
         other => Err(format!("no scenario {other}; there are {}", NAMES.join(", ")).into()),
     }
 }
@@ -69,13 +80,50 @@ impl<F: SpteFormat> Builder<'_, F> {
             FormatChoice::Npt => mmu_model::Format::Npt(mmu_model::Npt::new()),
             FormatChoice::Ept => mmu_model::Format::Ept(mmu_model::Ept::new()),
         };
-        Ok(Arc::new(SoftMachine::new(layout, vcpus, format)?))
+        let machine = SoftMachine::new(layout, vcpus, format)?;
+        if self.options.tracking == Tracking::HardwareLog {
+            machine.log_dirtied();
+        }
+        Ok(Arc::new(machine))
     }
 
     /// Pages the workload touches; `kvm` and `soft` are the defaults in bytes.
     pub fn pages(&self, kvm: u64, soft: u64) -> u64 {
         let default = if self.options.cpu == CpuChoice::Kvm { kvm } else { soft };
         self.options.memory.unwrap_or(default) / PAGE
+    }
+
+    /// A shape with the kind of dirty log that the user asked for.
+    pub fn logged_shape(&self, pages: u64) -> Result<Shape, Error> {
+        let options = self.options;
+        let tracking = match options.tracking {
+            Tracking::WriteProtect => DirtyTracking::WriteProtect,
+            Tracking::DirtyBit => DirtyTracking::DirtyBit,
+            Tracking::HardwareLog if options.cpu == CpuChoice::Kvm => {
+                return Err("/dev/kvm has no hardware log for a guest: use --cpu soft".into());
+            }
+            Tracking::HardwareLog => DirtyTracking::HardwareLog,
+        };
+        let rings = matches!(options.mode, LogMode::Ring | LogMode::Both);
+        let log = LogOptions {
+            bitmap: options.mode != LogMode::Ring,
+            ring: if rings { Some(RingSize::from_bytes(RING_BYTES)?) } else { None },
+            initially_set: options.mode == LogMode::Clear,
+        };
+        Ok(Shape { slots: options.slots, tracking, log, ..Shape::new(options.vcpus, pages) })
+    }
+
+    /// The program of the scenarios that watch writes; `delay` is the scenario's default.
+    pub fn workload(&self, delay: u64) -> Workload {
+        let mut random = mmu_model::Random::new(self.options.seed);
+        let multiplier = if self.options.random { random.below(1 << 32) | 1 } else { 1 };
+        let churn = Churn {
+            multiplier,
+            offset: self.options.seed,
+            written: self.options.write_percent * 128 / 100,
+            delay: self.options.delay.unwrap_or(delay),
+        };
+        Workload { churn }
     }
 
     /// An empty report of `scenario`.
