@@ -63,7 +63,7 @@ fn any_call<F: Modelled>(guest: &mut Guest<F>, what: u8, a: u64, b: u64, level: 
         0 | 1 => {
             let code = PfErrorCode::from_bits_retain(b);
             let prefetch = what % 9 == 1;
-            let fault = PageFault { gpa: Gpa::new(a), code, max_level: level, prefetch };
+            let fault = PageFault { prefetch, ..PageFault::new(Gpa::new(a), code).at_most(level) };
             match guest.vcpu.fault(&fault) {
                 Ok(_) => assert!(fault.gfn() < config_max && level.may_be_leaf()),
                 Err(FaultError::BeyondPhysical { gpa, max_gfn }) => {

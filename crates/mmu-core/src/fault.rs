@@ -12,6 +12,32 @@ use crate::dead::DeadReason;
 use crate::frame::OutOfFrames;
 use crate::traits::ResolveError;
 
+/// Which memory an access is to, where a VM has both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Privacy {
+    /// Memory shared with the host. What VMs without private memory access.
+    #[default]
+    Shared,
+    /// Memory private to the guest.
+    #[doc(alias = "PFERR_PRIVATE_ACCESS")]
+    Private,
+    /// Whichever the page's attributes say: for accesses that are not the guest's.
+    AsMarked,
+}
+
+impl Privacy {
+    /// Is an access to a page that is private, or is not, to the other kind of memory?
+    #[inline]
+    #[must_use]
+    pub const fn differs(self, private: bool) -> bool {
+        match self {
+            Self::Shared => private,
+            Self::Private => !private,
+            Self::AsMarked => false,
+        }
+    }
+}
+
 /// A fault on a guest physical address.
 #[doc(alias = "kvm_page_fault")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +50,8 @@ pub struct PageFault {
     pub max_level: Level,
     /// Nobody accessed the page yet: the entry is made without the accessed bit.
     pub prefetch: bool,
+    /// Which memory the access is to.
+    pub privacy: Privacy,
 }
 
 impl PageFault {
@@ -31,7 +59,8 @@ impl PageFault {
     #[inline]
     #[must_use]
     pub const fn new(gpa: Gpa, code: PfErrorCode) -> Self {
-        Self { gpa, code, max_level: Level::MAX_LEAF, prefetch: false }
+        let privacy = Privacy::Shared;
+        Self { gpa, code, max_level: Level::MAX_LEAF, prefetch: false, privacy }
     }
 
     /// From the exit qualification of an EPT violation.
@@ -51,7 +80,14 @@ impl PageFault {
     pub const fn prefetch(gpa: Gpa, access: Access) -> Self {
         let code =
             if access.contains(Access::WRITE) { PfErrorCode::WRITE } else { PfErrorCode::empty() };
-        Self { prefetch: true, ..Self::new(gpa, code) }
+        Self { prefetch: true, privacy: Privacy::AsMarked, ..Self::new(gpa, code) }
+    }
+
+    /// The same to private memory (KVM row 3.17): the address had the bit that says so, which is
+    /// not part of [`gpa`](Self::gpa).
+    #[must_use]
+    pub const fn private(self) -> Self {
+        Self { privacy: Privacy::Private, ..self }
     }
 
     /// The same, mapping at most `level`.
@@ -178,6 +214,17 @@ pub enum FaultError {
         /// The page the resolver gave.
         resolved: Pfn,
     },
+    /// The guest accessed as private what is marked shared, or the other way round (KVM row 3.17).
+    /// The VMM converts the page, or refuses.
+    #[doc(alias = "KVM_EXIT_MEMORY_FAULT")]
+    MemoryFault {
+        /// First byte of what was accessed wrongly.
+        gpa: Gpa,
+        /// How many bytes.
+        size: u64,
+        /// Was the access to private memory?
+        private: bool,
+    },
     /// The vCPU has no root loaded.
     NoRoot,
     /// A reserved bit was set in an entry of ours, or the entry is none: the tables are corrupt or
@@ -218,6 +265,11 @@ impl fmt::Display for FaultError {
             }
             Self::StaleMapping { gfn, mapped, resolved } => {
                 write!(f, "gfn {gfn} is mapped to {mapped} and was not unmapped for {resolved}")
+            }
+            Self::MemoryFault { gpa, size, private } => {
+                let (accessed, marked) =
+                    if *private { ("private", "shared") } else { ("shared", "private") };
+                write!(f, "{size} bytes from {gpa} accessed as {accessed} are marked {marked}")
             }
             Self::NoRoot => f.write_str("the vCPU has no root loaded"),
             Self::ReservedBit { gpa, level, spte } => {

@@ -136,6 +136,20 @@ pub trait PfnResolver {
         let _ = (slot, gfn, page);
         PageKind::RAM
     }
+
+    /// The private page behind `gfn` of `slot`, where the VMM has marked it so. The same page as
+    /// the shared one unless the embedder says otherwise: memory that is converted in place.
+    ///
+    /// # Errors
+    /// As [`resolve`](Self::resolve).
+    fn resolve_private(
+        &self,
+        slot: &Memslot,
+        gfn: Gfn,
+        access: Access,
+    ) -> Result<HostPage, ResolveError> {
+        self.resolve(slot, gfn, access)
+    }
 }
 
 /// Everything an MMU needs from its embedder. Implemented for whatever implements the parts.

@@ -19,8 +19,8 @@ use crate::latency::{Latencies, Wait};
 use crate::lock::MmuLock;
 use crate::notify::Invalidations;
 use crate::slot::{
-    DirtyLog, GENERATION_UPDATING, LogOptions, Memslot, SlotChange, SlotError, SlotLimits,
-    SlotMeta, SlotRequest, SlotTable, SlotWriter, plan,
+    DirtyLog, GENERATION_UPDATING, LogOptions, MAX_ADDRESS_SPACES, Memslot, PageTrack, SlotChange,
+    SlotError, SlotLimits, SlotMeta, SlotRequest, SlotTable, SlotWriter, plan,
 };
 use crate::stats::{Counter, Stats};
 use crate::trace::Event;
@@ -331,6 +331,37 @@ impl<H: Host> VmCore<H> {
         Ok(change)
     }
 
+    /// From now on pages can be write-tracked, in the slots there are and in those that come (KVM
+    /// row 6.16). Faults then look for it; there is no way back.
+    ///
+    /// # Errors
+    /// [`SlotError::NoMemory`]; nothing changed.
+    #[doc(alias = "kvm_page_track_write_tracking_enabled")]
+    pub fn enable_write_tracking(
+        &self,
+        writer: &mut SlotWriter,
+        actor: &mut Actor<H>,
+    ) -> Result<(), SlotError> {
+        if self.slots.tracks_writes() {
+            return Ok(());
+        }
+        prepare(writer, 0)?;
+        writer.with_both(|live, spare| {
+            let all = (0..MAX_ADDRESS_SPACES).flat_map(|space| live.iter(space));
+            for slot in all {
+                let meta = live.meta(slot.as_id, slot.id).cloned().unwrap_or_default();
+                let track = Some(Arc::new(PageTrack::new(slot)));
+                spare.set_meta(slot.as_id, slot.id, meta.with_track(track))?;
+            }
+            spare.set_generation(live.next_generation());
+            Ok(())
+        })?;
+        // Before the counts can be reached, so whoever reaches them finds that faults look.
+        writer.track_writes();
+        writer.publish(&mut actor.participant, &self.notify);
+        Ok(())
+    }
+
     /// What the slot carries after a change: a log that it had stays, unless other pages are asked
     /// for; one that it needs is made.
     fn meta_after(
@@ -340,6 +371,13 @@ impl<H: Host> VmCore<H> {
         logged: Option<Range<u64>>,
     ) -> Result<SlotMeta, SlotError> {
         let Some(new) = change.after() else { return Ok(SlotMeta::default()) };
+        // Counts are of one place: a slot that moves starts with none.
+        let fresh = matches!(change, SlotChange::Create(_) | SlotChange::Move { .. });
+        let before = if fresh && self.slots.tracks_writes() {
+            before.with_track(Some(Arc::new(PageTrack::new(new))))
+        } else {
+            before
+        };
         if !new.logs_dirty() {
             return Ok(before.with_log(None));
         }

@@ -15,6 +15,7 @@ use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
+use crate::limits;
 use crate::mmu::TdpMmu;
 use crate::recent::Recent;
 use crate::root::RootRef;
@@ -87,6 +88,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return FastPath::Slow;
         }
         if flags.contains(SlotFlags::INVALID) {
+            return FastPath::Slow;
+        }
+        if !limits::is_plain(work.vm, fault) && limits::differs(work.vm, &work.section, fault) {
             return FastPath::Slow;
         }
         let change = self.change(work.vm, work.stats, &work.section, space);

@@ -102,7 +102,8 @@ impl LeafFacts {
         self.has(flag.bits() << Self::FLAGS)
     }
 
-    fn spec(self) -> LeafSpec {
+    /// What the entry would say, with frame 0.
+    pub(crate) fn spec(self) -> LeafSpec {
         let number = |level: &Level| u32::from(level.number()) == self.0 >> Self::LEVEL & 7;
         let level = Level::ALL.into_iter().find(number);
         let writable = self.has(Self::HOST_WRITABLE) && !self.has_flag(SlotFlags::READ_ONLY);

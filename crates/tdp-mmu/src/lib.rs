@@ -21,12 +21,14 @@ extern crate alloc;
 extern crate std;
 
 pub mod age;
+pub mod attributes;
 mod change;
 pub mod dirty;
 pub mod dump;
 mod fast;
 pub mod iter;
 mod leaf;
+mod limits;
 pub mod map;
 pub mod mmu;
 pub mod postorder;
@@ -43,6 +45,7 @@ pub mod usage;
 pub mod vcpu;
 pub mod walk;
 mod watch;
+pub mod wrprot;
 pub mod zap;
 
 pub use dirty::{DirtyTracking, Harvest, LogError};

@@ -5,7 +5,7 @@
 //! inside the section that installs it (`map`). KVM rows 3.15, 3.18, 3.22, 3.25.
 
 use mmu_core::access::Access;
-use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
+use mmu_core::addr::{Gfn, GfnRange, Level, PAGE_SIZE, Pfn};
 use mmu_core::dirty::DirtyRing;
 use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::notify::Snapshot;
@@ -16,6 +16,7 @@ use mmu_core::traits::{Host, HostPage, ResolveError};
 use mmu_core::vm::SlotCopy;
 
 use crate::leaf::{LeafFacts, LeafLog};
+use crate::limits;
 use crate::mmu::TdpMmu;
 use crate::vcpu::TdpVcpu;
 
@@ -55,6 +56,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         if !self.actor.keep_slot(self.role.space(), gfn) {
             return Err(Stop::NoSlot);
         }
+        // After the snapshot: what is found here is covered by it.
+        let plain = limits::is_plain(self.actor.vm(), fault);
+        let limits = if plain { None } else { Some(self.limits(fault, snapshot)?) };
         let kept = self.actor.kept_slot().ok_or(Stop::NoSlot)?;
         let (slot, generation) = (kept.slot(), kept.generation());
         if slot.is_invalid() || self.actor.vm().notify().likely_in_progress(gfn) {
@@ -64,7 +68,12 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         if slot.is_read_only() && write {
             return Err(Stop::ReadOnly { slot: slot.id });
         }
-        let page = match self.actor.vm().host().resolve(slot, gfn, access) {
+        let host = self.actor.vm().host();
+        let page = match limits {
+            Some(limits) if limits.is_private() => host.resolve_private(slot, gfn, access),
+            _ => host.resolve(slot, gfn, access),
+        };
+        let page = match page {
             Ok(page) => page,
             Err(source) => {
                 let slot = slot.id;
@@ -83,13 +92,23 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             // Huge leaves are not executable under the mitigation (KVM row 1.20).
             max = Level::L1;
         }
+        if let Some(limits) = limits {
+            max = max.min(limits.level);
+        }
         let goal = self.mmu.goal_level(kept, gfn, &page, max);
         let prefetch = fault.prefetch;
         let log = self.mmu.leaf_log(kept, gfn, write && !prefetch);
         // Here, not in the section: it depends on nothing that a section protects.
         let kind = self.actor.vm().host().kind(slot, gfn, &page);
         let facts = LeafFacts::new(slot, page.writable, goal, log, prefetch).of_kind(kind);
-        let leaf = self.leaf.leaf(self.mmu.config(), facts, goal, page.pfn);
+        let config = self.mmu.config();
+        let leaf = match limits {
+            None => self.leaf.leaf(config, facts, goal, page.pfn),
+            Some(limits) => {
+                let leaf = limits.leaf(config, facts.spec(), page.pfn, access);
+                leaf.ok_or(Stop::Denied)?
+            }
+        };
         let mark = log == LeafLog::Marked && self.mmu.config().is_writable(leaf);
         if mark && self.actor.ring().is_some_and(DirtyRing::is_full) {
             self.mmu.vm().trace(|| Event::RingFull { gfn });
@@ -129,6 +148,9 @@ pub(crate) enum Stop {
     ReadOnly { slot: u16 },
     BadPage { pfn: Pfn },
     Failed { source: ResolveError },
+    Denied,
+    WriteProtected,
+    Memory { private: bool },
 }
 
 impl Stop {
@@ -144,6 +166,12 @@ impl Stop {
             }
             Self::BadPage { pfn } => Err(FaultError::BadHostPage { gfn, pfn: pfn.get() }),
             Self::Failed { source } => Err(FaultError::Resolve { gfn, source }),
+            Self::Denied => Ok(FaultOutcome::Emulate(EmulateReason::Denied { gfn })),
+            Self::WriteProtected => Ok(FaultOutcome::WriteProtected),
+            Self::Memory { private } => {
+                let (gpa, size) = (gfn.address(), PAGE_SIZE);
+                Err(FaultError::MemoryFault { gpa, size, private })
+            }
         }
     }
 }

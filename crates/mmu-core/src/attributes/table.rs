@@ -19,8 +19,7 @@
 //! page overlaps the range. The range need not be widened to huge pages, as KVM must, whose check
 //! asks about the faulting gfn only; and faults beside it go on undisturbed.
 //!
-//! Rank: as `SlotWriter`, the outermost lock, in a mutex of the embedder's. Who wants both takes
-//! the `SlotWriter` first.
+//! Rank: the outermost, as `SlotWriter`, which the `AttributeWriter` is a part of.
 
 use alloc::sync::Arc;
 use core::fmt;

@@ -221,6 +221,14 @@ impl<F: SpteFormat> SpteConfig<F> {
         if spte.raw() & needed == needed { spte.with(F::WRITABLE) } else { spte }
     }
 
+    /// The leaf without W and without the right to grant W, whether it has W now or not (KVM rows
+    /// 0.2.1 and B21). D stays: what was written was written.
+    #[inline]
+    #[must_use]
+    pub const fn write_protected(&self, leaf: Spte) -> Spte {
+        if leaf.is_mmu_present() { leaf.without(F::WRITABLE | F::MMU_WRITABLE) } else { leaf }
+    }
+
     /// The same permissions with the fetches of `access`, in place or saved.
     const fn with_fetches(&self, leaf: Spte, access: Access) -> Spte {
         let shift = if self.is_access_tracked(leaf) { F::TRACK_SHIFT } else { 0 };
