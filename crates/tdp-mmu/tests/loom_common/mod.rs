@@ -11,7 +11,7 @@ use mmu_core::addr::{Gfn, GfnRange, Gpa, Hva, Level, PAGE_SIZE, Pfn};
 use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::flush::{FlushBatch, FlushScope};
 use mmu_core::frame::{Arena, FrameMeta, PageTable, PhysMap};
-use mmu_core::slot::{Memslot, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
+use mmu_core::slot::{LogOptions, Memslot, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Capabilities, Ept, Legacy, Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
@@ -94,6 +94,11 @@ impl Modelled for Ept {
 #[derive(Debug, Default)]
 struct Cpu {
     tlb: [Option<Pfn>; 4],
+    /// May a write use the cached frame and look at no entry? So it is with D set.
+    hot: [bool; 4],
+    /// Writes to each page, and how many of them the copies hold that somebody took.
+    writes: [u64; 4],
+    copied: [u64; 4],
     /// An upper-level entry: the level-1 table of [`BOTH`].
     upper: Option<Pfn>,
     /// It was told to leave, and would have to load a root to come back.
@@ -112,6 +117,8 @@ pub(crate) struct ModelHost {
     released: AtomicU64,
     /// Host pages are as large as an entry at level 2.
     huge: AtomicBool,
+    /// Two threads harvest one log.
+    shared: AtomicBool,
     /// Held during an access: who holds it finds the processor between two accesses.
     accessing: loom::sync::Mutex<()>,
     /// Does any thread access memory? If not, nobody need wait for it.
@@ -144,6 +151,15 @@ impl ModelHost {
     /// Let host pages be as large as an entry at level 2, or small again.
     pub(crate) fn set_huge(&self, huge: bool) {
         self.huge.store(huge, Ordering::Relaxed);
+    }
+
+    /// Two threads will harvest one log.
+    pub(crate) fn share(&self, shared: bool) {
+        self.shared.store(shared, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_shared(&self) -> bool {
+        self.shared.load(Ordering::Relaxed)
     }
 
     /// One of the threads will be the processor.
@@ -207,9 +223,10 @@ impl TlbFlush for ModelHost {
         let mut cpu = self.cpu.lock().expect("no panic");
         let all = scope == FlushScope::Reload;
         cpu.out |= all;
-        for (gfn, cached) in (0..).map(Gfn::new).zip(&mut cpu.tlb) {
+        for gfn in (0..SLOT_PAGES).map(Gfn::new) {
             if all || ranges.iter().any(|range| range.contains(gfn)) {
-                *cached = None;
+                cpu.tlb[gfn.index_in_slot()] = None;
+                cpu.hot[gfn.index_in_slot()] = false;
             }
         }
         if all || ranges.iter().any(|range| !range.intersection(BOTH).is_empty()) {
@@ -248,19 +265,28 @@ impl<F: Modelled> World<F> {
     /// With two vCPUs on one root, ready to fault without taking a lock of the pool, and the right
     /// to change the slot.
     pub(crate) fn new() -> (Arc<Self>, [Vcpu<F>; 2], SlotWriter) {
+        Self::with(TdpOptions::default(), LogOptions::default())
+    }
+
+    /// The same with other options.
+    pub(crate) fn with(
+        options: TdpOptions,
+        log: LogOptions,
+    ) -> (Arc<Self>, [Vcpu<F>; 2], SlotWriter) {
         let config = SpteConfig::<F>::new(F::capabilities()).expect("a baseline");
         let host = ModelHost {
             arena: Arena::with_capacity(14, Pfn::new(1)).expect("memory"),
             replaced: AtomicU64::new(0),
             released: AtomicU64::new(0),
             huge: AtomicBool::new(false),
+            shared: AtomicBool::new(false),
             accessing: loom::sync::Mutex::new(()),
             runs: AtomicBool::new(false),
             cpu: Mutex::new(Cpu::default()),
         };
         let limits = SlotLimits::new(1, config.max_gfn_exclusive());
-        let (vm, mut slots) = VmCore::new(host, 2, limits, relax).expect("memory");
-        let mmu = TdpMmu::new(Arc::clone(&vm), config, TdpOptions::default());
+        let (vm, mut slots) = VmCore::with_log(host, 2, limits, relax, log).expect("memory");
+        let mmu = TdpMmu::new(Arc::clone(&vm), config, options);
         let mut vcpus = [(); 2].map(|()| TdpVcpu::new(&mmu, 0).expect("room"));
         let request = slot(SLOT_PAGES);
         let _ = mmu.set_slot(&mut slots, vcpus[0].actor(), &request).expect("a good request");
@@ -360,6 +386,62 @@ impl<F: Modelled> World<F> {
             }
         }
         Accessed::default()
+    }
+
+    /// The guest writes to `gfn`, through its TLB if that has the page as written already. Where it
+    /// faults, nothing was written; says whether a translation was there.
+    ///
+    /// # Errors
+    /// The fault.
+    pub(crate) fn write(&self, gfn: Gfn) -> Result<(), PageFault> {
+        let host = self.vm.host();
+        let _accessing = host.accessing.lock().expect("no panic");
+        let (config, at) = (self.mmu.config(), gfn.index_in_slot());
+        if host.cpu.lock().expect("no panic").hot[at] {
+            host.cpu.lock().expect("no panic").writes[at] += 1;
+            return Ok(());
+        }
+        loop {
+            let (cell, spte, level) = self.walk(gfn);
+            let present = spte.is_leaf(level) && config.is_hw_present(spte);
+            if !present || !config.permits(spte, Access::WRITE) {
+                // The fault drops what is cached for the page.
+                host.cpu.lock().expect("no panic").tlb[at] = None;
+                return Err(write_fault(gfn, Level::L1, present));
+            }
+            let bits = if config.ad_enabled() { F::ACCESSED | F::DIRTY } else { 0 };
+            if spte == spte.with(bits) || cell.try_change(spte, spte.with(bits)).is_ok() {
+                let page = frame((spte, level), gfn);
+                assert!(host.may_use(gfn, page), "translated to a page that is not the guest's");
+                let mut cpu = host.cpu.lock().expect("no panic");
+                (cpu.tlb[at], cpu.hot[at]) = (Some(page), true);
+                cpu.writes[at] += 1;
+                return Ok(());
+            }
+        }
+    }
+
+    /// How often each page was written.
+    pub(crate) fn writes(&self) -> [u64; 4] {
+        self.vm.host().cpu.lock().expect("no panic").writes
+    }
+
+    /// Copy the pages whose bit `pages` has, between two accesses. Returns the writes that the
+    /// copies hold.
+    pub(crate) fn copy(&self, pages: u64) -> [u64; 4] {
+        let host = self.vm.host();
+        let _between = host.accessing.lock().expect("no panic");
+        let mut cpu = host.cpu.lock().expect("no panic");
+        for at in (0..4).filter(|at| pages >> at & 1 == 1) {
+            cpu.copied[at] = cpu.writes[at];
+        }
+        cpu.copied
+    }
+
+    /// The pages whose copy does not hold every write.
+    pub(crate) fn stale_copies(&self) -> u64 {
+        let cpu = self.vm.host().cpu.lock().expect("no panic");
+        (0..4).filter(|&at| cpu.copied[at] != cpu.writes[at]).map(|at| 1 << at).sum()
     }
 
     /// The tree is sound, the gauges say what stands in it, and the processor has nothing that
