@@ -55,7 +55,7 @@ enum State {
     Clean,
     /// Write-protected, as for a dirty log, and clean; W may be given back.
     Protected,
-    /// Access-tracked (without hardware A/D).
+    /// Access-tracked and clean (without hardware A/D).
     Tracked,
 }
 
@@ -66,6 +66,8 @@ struct Seen {
     zapped: Option<ZapReport>,
     accessed: Accessed,
     young: u64,
+    /// The processor had a page that was taken away when the unmap returned.
+    stale: bool,
 }
 
 fn prepare<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, state: State) {
@@ -80,7 +82,7 @@ fn prepare<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, state: State) {
         State::Protected => {
             world.adjust(GFN, |leaf| config.clear_dirty(leaf).without(F::WRITABLE));
         }
-        State::Tracked => world.adjust(GFN, |leaf| config.age(leaf)),
+        State::Tracked => world.adjust(GFN, |leaf| config.age(config.clear_dirty(leaf))),
     }
     world.fill_tlb(PAGE);
 }
@@ -95,9 +97,8 @@ fn run<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, op: Op) -> Seen {
             let invalidation = notify.begin(vcpu.actor().participant(), PAGE);
             world.vm.host().replace(PAGE);
             seen.zapped = Some(world.mmu.unmap_in(vcpu.actor(), &invalidation, PAGE));
-            let stale = world.vm.host().is_stale(PAGE);
+            seen.stale = world.vm.host().is_stale(PAGE);
             drop(invalidation);
-            assert!(!stale, "used after the unmap returned (I11)");
         }
         Op::ZapRoot => {
             let zap = world.mmu.invalidate_roots(vcpu.actor());
@@ -127,6 +128,7 @@ fn judge<F: Modelled>(
     seen: [Seen; 2],
 ) {
     let config = world.mmu.config();
+    assert!(seen.iter().all(|seen| !seen.stale), "used after the unmap returned (I11)");
     let leaf = world.leaf(GFN).map(|(leaf, _)| leaf);
     for vcpu in vcpus.iter_mut().filter(|vcpu| !vcpu.root_is_current()) {
         // Entries of an invalid root are nobody's; what is left of it is its frame.
@@ -146,7 +148,9 @@ fn judge<F: Modelled>(
         assert!(leaf.is_some(), "nobody took the page away");
     }
 
-    let wrote = seen.iter().any(|seen| seen.accessed.wrote) || state == State::Used;
+    // Where no hardware records a write, who was allowed to write has to count as having done so.
+    let may_have = !config.ad_enabled() && fixed > 0;
+    let wrote = seen.iter().any(|seen| seen.accessed.wrote) || state == State::Used || may_have;
     let dirty = zaps().any(|report| report.dirty > 0) || leaf.is_some_and(|l| config.is_dirty(l));
     assert!(dirty || !wrote, "a write was lost (I8)");
     let read = seen.iter().any(|seen| seen.accessed.read) || state == State::Used;
