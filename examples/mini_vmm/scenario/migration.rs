@@ -208,6 +208,8 @@ fn note(sent: &Sent<'_>, report: &mut Report) {
             round.dirtied,
             rate(round.dirtied, round.seconds),
         );
+        report.metric(format!("round_{n}_sent_pages"), round.pages as f64);
+        report.metric(format!("round_{n}_dirty_mib_per_s"), rate(round.dirtied, round.seconds));
     }
     let live = rounds.len().saturating_sub(1);
     let seconds: f64 = rounds.iter().take(live).map(|round| round.seconds).sum();
