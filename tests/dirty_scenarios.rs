@@ -95,6 +95,22 @@ fn slots_that_end_within_a_word_and_disabling_under_running_vcpus_miss_nothing()
 }
 
 #[test]
+fn no_write_is_missed_of_pages_that_all_vcpus_write() {
+    let cpus = [CpuChoice::Soft, CpuChoice::Kvm];
+    let kvm = has_kvm("no_write_is_missed_of_pages_that_all_vcpus_write");
+    for cpu in cpus.into_iter().filter(|cpu| kvm || *cpu == CpuChoice::Soft) {
+        for mode in MODES {
+            for tracking in [Tracking::WriteProtect, Tracking::DirtyBit] {
+                let base = options(cpu);
+                // Few pages, so that the vCPUs meet on them all the time.
+                let memory = Some(256 << 10);
+                holds("dirty-log", &Options { mode, tracking, memory, overlap: true, ..base });
+            }
+        }
+    }
+}
+
+#[test]
 fn page_sizes_are_exact_before_while_and_after_logging() {
     for format in FORMATS {
         for mode in MODES {
@@ -122,7 +138,10 @@ fn no_write_is_missed_on_a_real_cpu() {
 fn a_running_vm_moves_in_any_mode() {
     for (mode, format) in MODES.into_iter().zip(FORMATS.into_iter().cycle()) {
         let memory = Some(4 << 20);
-        holds("migrate", &Options { mode, format, memory, ..options(CpuChoice::Soft) });
+        holds(
+            "migrate",
+            &Options { mode, format, memory, overlap: true, ..options(CpuChoice::Soft) },
+        );
     }
 }
 
@@ -144,7 +163,7 @@ fn missed(tracking: DirtyTracking, forget_flushes: bool) -> usize {
     let config = SpteConfig::<Npt>::new(Capabilities::npt()).expect("a configuration");
     let vmm = Vmm::new(Arc::new(machine), config, shape).expect("a VM");
     let churn = Churn { multiplier: 5, offset: 1, written: 128, delay: 0 };
-    let workload = Workload { churn };
+    let workload = Workload { churn, overlap: false };
     let mut vcpus: Vec<_> = (0..2).map(|id| vmm.vcpu(id).expect("a vCPU")).collect();
     let mut actor = vmm.actor().expect("room");
     let mut log = Log::new(&vmm, LogMode::Bitmap);

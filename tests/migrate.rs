@@ -50,7 +50,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const PAGES: u64 = 160;
 
 fn workload() -> Workload {
-    Workload { churn: Churn { multiplier: 0x1234_5677, offset: 3, written: 100, delay: 20 } }
+    let churn = Churn { multiplier: 0x1234_5677, offset: 3, written: 100, delay: 20 };
+    Workload { churn, overlap: true }
 }
 
 fn boot(vcpus: u32, pages: u64) -> Result<Arc<Vmm<Ept>>, Error> {
@@ -63,7 +64,8 @@ fn boot(vcpus: u32, pages: u64) -> Result<Arc<Vmm<Ept>>, Error> {
 
 fn hello() -> Hello {
     let Churn { multiplier, offset, written, delay } = workload().churn;
-    Hello { vcpus: 2, pages: PAGES, multiplier, offset, written, delay, rounds: 3 }
+    let (vcpus, pages, overlap, rounds) = (2, PAGES, 1, 3);
+    Hello { vcpus, pages, multiplier, offset, written, delay, overlap, rounds }
 }
 
 fn plan(timeout: Duration) -> Plan {
@@ -347,6 +349,7 @@ fn a_hostile_source_is_an_error_and_nothing_runs() {
     assert_eq!(value(with(&|hello| hello.vcpus = u64::MAX)), ("vCPUs", u64::MAX));
     assert_eq!(value(with(&|hello| hello.pages = 1 << 40)), ("pages", 1 << 40));
     assert_eq!(value(with(&|hello| hello.rounds = 1 << 40)), ("rounds", 1 << 40));
+    assert_eq!(value(with(&|hello| hello.overlap = 2)), ("overlap", 2));
     assert_eq!(value(with(&|hello| hello.delay = u64::MAX)), ("delay", u64::MAX));
     for change in [
         &(|hello: &mut Hello| hello.vcpus = 0) as &dyn Fn(&mut Hello),

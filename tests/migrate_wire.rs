@@ -33,7 +33,8 @@ fn wires() -> (Wire, Wire) {
 
 fn hello() -> Hello {
     let (vcpus, pages, multiplier, offset) = (2, 4096, 0x9e37_79b9, 5);
-    Hello { vcpus, pages, multiplier, offset, written: 128, delay: 3, rounds: 30 }
+    let (written, delay, overlap, rounds) = (128, 3, 1, 30);
+    Hello { vcpus, pages, multiplier, offset, written, delay, overlap, rounds }
 }
 
 fn batch(pages: usize) -> Batch {

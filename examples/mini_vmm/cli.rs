@@ -89,6 +89,8 @@ pub struct Options {
     pub run_while_disabling: bool,
     /// vCPUs visit their pages in a pseudo-random order.
     pub random: bool,
+    /// All vCPUs visit all pages, and write words of their own there.
+    pub overlap: bool,
     /// Take a VM here.
     pub listen: Option<String>,
     /// Send a VM there.
@@ -120,6 +122,7 @@ impl Options {
             slots: 1,
             run_while_disabling: false,
             random: false,
+            overlap: false,
             listen: None,
             to: None,
             timeout: 10,
@@ -158,6 +161,7 @@ options
                        migrate 100000)
     --slots N          memory slots (1)
     -e                 dirty-log: vCPUs run on while logging is disabled
+    -o                 vCPUs visit each other's pages too (dirty-log, migrate)
     --random           vCPUs visit their pages in a pseudo-random order
     --listen ADDR      migrate: take a VM here, such as 127.0.0.1:7000
     --to ADDR          migrate: send a VM there; without both, both ends in one command
@@ -190,6 +194,7 @@ pub fn parse() -> Result<Options, String> {
             Short('p') => options.parallel = true,
             Short('e') => options.run_while_disabling = true,
             Long("random") => options.random = true,
+            Short('o') => options.overlap = true,
             Long("iterations") => options.iterations = number(&text(&mut parser)?, 1, 1000)?,
             Long("write-percent") => options.write_percent = number(&text(&mut parser)?, 0, 100)?,
             Long("delay") => options.delay = Some(number(&text(&mut parser)?, 0, 1 << 20)?),

@@ -75,7 +75,7 @@ pub struct Layout {
 pub struct Command {
     /// What is done to each page.
     pub op: Op,
-    /// Linear address of the first page, page aligned.
+    /// Linear address of the first page, page aligned but for [`Op::Churn`].
     pub start: u64,
     /// Number of pages visited per round.
     pub pages: u64,
@@ -112,6 +112,9 @@ pub enum Op {
 /// So each *round* of `2^k` steps visits each page once. A visit either reads the page or stores
 /// the step at byte 0 and `content(gva, step)` at byte 2048; then the next step is stored. A step
 /// that was interrupted is done again and stores the same.
+///
+/// vCPUs may visit the same pages if their words are apart: a range may begin at any word of the
+/// first half of its control page, and all the words above are then counted from there.
 ///
 /// Of [`Command`], `rounds` counts rounds from step 0, so a command that was done already ends at
 /// once, and `stride` and `tag` are not used.
@@ -150,6 +153,11 @@ impl Churn {
         self.round(pages)?.checked_mul(rounds).ok_or_else(|| MachineError::Unsupported {
             detail: format!("{rounds} rounds over {pages} pages: too many steps"),
         })
+    }
+
+    /// May a range begin at this address?
+    pub fn begins_at(&self, start: u64) -> bool {
+        start % 8 == 0 && start % PAGE < PAGE / 2
     }
 
     /// Is page `index` of the range written? 0 is the control page, which is.

@@ -132,6 +132,8 @@ impl<F: SpteFormat> Vmm<F> {
         let (core, slots) = VmCore::with_log(host, participants, limits, give_up, shape.log)?;
         let mut options = TdpOptions::default();
         options.dirty = shape.tracking;
+        // What the host has, and never more: where KVM shadows, 2M entries must not appear.
+        options.max_level = shape.level;
         let mmu = TdpMmu::new(core, config, options);
         let vmm = Arc::new(Self {
             machine,

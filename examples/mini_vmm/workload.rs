@@ -1,6 +1,7 @@
 //! The program that writes all the time, on all vCPUs, and what memory must hold because of it.
 //!
-//! Each vCPU runs [`Op::Churn`] over its own share of the data. Its progress is in the share's
+//! Each vCPU runs [`Op::Churn`] over its own share of the data, or all over all of it, each writing
+//! words of its own in every page. Its progress is in the share's
 //! control page, so memory alone says what every page must hold: [`Workload::verify`] needs neither
 //! the vCPUs nor a copy, and a VM that has the memory can go on with the program.
 
@@ -21,28 +22,62 @@ const AT_ONCE: u64 = 16;
 /// The program of all vCPUs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Workload {
-    /// Its parameters; each vCPU begins elsewhere in its order.
+    /// Its parameters.
     pub churn: Churn,
+    /// All vCPUs visit all pages.
+    pub overlap: bool,
+}
+
+/// Where a vCPU works: its pages, the control page first, and where in each page.
+struct Place {
+    pages: Range<u64>,
+    lane: u64,
+}
+
+impl Place {
+    fn len(&self) -> u64 {
+        self.pages.end - self.pages.start
+    }
+
+    /// The step that its vCPU is at.
+    fn step<F: SpteFormat>(&self, vmm: &Vmm<F>) -> u64 {
+        vmm.word(self.pages.start, self.lane)
+    }
 }
 
 impl Workload {
-    /// The range of one vCPU, and its program to the end of round `rounds`.
+    fn place<F: SpteFormat>(&self, vmm: &Vmm<F>, vcpu: u32) -> Place {
+        if self.overlap {
+            // The control pages of all come first; those behind one's own are visited as well.
+            Place { pages: u64::from(vcpu)..vmm.shape.pages, lane: 8 * u64::from(vcpu) }
+        } else {
+            Place { pages: vmm.share(vcpu), lane: 0 }
+        }
+    }
+
+    fn places<F: SpteFormat>(&self, vmm: &Vmm<F>) -> impl Iterator<Item = Place> {
+        (0..vmm.shape.vcpus).map(|vcpu| self.place(vmm, vcpu))
+    }
+
+    /// The program of one vCPU to the end of round `rounds`.
     fn command<F: SpteFormat>(&self, vmm: &Vmm<F>, vcpu: u32, rounds: u64) -> Command {
-        let share = vmm.share(vcpu);
+        let place = self.place(vmm, vcpu);
         Command {
             op: Op::Churn(self.churn),
-            start: (DATA_GFN + share.start) * PAGE,
-            pages: share.end - share.start,
+            start: (DATA_GFN + place.pages.start) * PAGE + place.lane,
+            pages: place.len(),
             stride: 1,
             tag: 0,
             rounds,
         }
     }
 
-    /// Write every page but the control pages once, so that no page is without contents.
+    /// Write every page once, so that none is without contents; but for pages whose first word is a
+    /// step.
     pub fn populate<F: SpteFormat>(&self, vcpu: &mut VmmVcpu<F>) -> Result<u64, Error> {
         let Range { start, end } = vcpu.vmm().share(vcpu.id);
-        Ok(vcpu.run_pages(Op::Write, start + 1..end, self.churn.offset, 1)?.pages)
+        let first = if self.overlap { start.max(1) } else { start + 1 };
+        Ok(vcpu.run_pages(Op::Write, first..end, self.churn.offset, 1)?.pages)
     }
 
     /// Run to the end of round `rounds`, counted from the first start.
@@ -80,14 +115,13 @@ impl Workload {
 
     /// The step that each vCPU is at.
     pub fn steps<F: SpteFormat>(&self, vmm: &Vmm<F>) -> Vec<u64> {
-        (0..vmm.shape.vcpus).map(|vcpu| vmm.word(vmm.share(vcpu).start, 0)).collect()
+        self.places(vmm).map(|place| place.step(vmm)).collect()
     }
 
     /// Rounds that a vCPU has completed.
     fn rounds_of<F: SpteFormat>(&self, vmm: &Vmm<F>, vcpu: u32) -> Result<u64, Error> {
-        let share = vmm.share(vcpu);
-        let round = self.churn.round(share.end - share.start)?;
-        Ok(vmm.word(share.start, 0) / round)
+        let place = self.place(vmm, vcpu);
+        Ok(place.step(vmm) / self.churn.round(place.len())?)
     }
 
     /// Rounds that the vCPU that is ahead has completed.
@@ -97,32 +131,31 @@ impl Workload {
 
     /// Is data page `page` written by the program?
     pub fn writes<F: SpteFormat>(&self, vmm: &Vmm<F>, page: u64) -> bool {
-        let mut shares = (0..vmm.shape.vcpus).map(|vcpu| vmm.share(vcpu));
-        let share = shares.find(|share| share.contains(&page));
-        share.is_some_and(|share| self.churn.writes(page - share.start))
+        let mut visitors = self.places(vmm).filter(|place| place.pages.contains(&page));
+        visitors.any(|place| self.churn.writes(page - place.pages.start))
     }
 
     /// Pages that do not hold what they must, by their vCPU's step; the VM stands still. Names the
     /// first.
     pub fn verify<F: SpteFormat>(&self, vmm: &Vmm<F>) -> Result<Wrong, Error> {
         let mut wrong = Wrong::default();
-        for vcpu in 0..vmm.shape.vcpus {
-            let share = vmm.share(vcpu);
-            let round = self.churn.round(share.end - share.start)?;
-            let end = vmm.word(share.start, 0);
-            for page in share.start + 1..share.end {
-                let gva = (DATA_GFN + page) * PAGE;
-                let index = page - share.start;
+        for place in self.places(vmm) {
+            let round = self.churn.round(place.len())?;
+            let end = place.step(vmm);
+            for page in place.pages.start + 1..place.pages.end {
+                let gva = (DATA_GFN + page) * PAGE + place.lane;
+                let index = page - place.pages.start;
                 let before = |end| {
                     let visit = self.churn.last_visit(round, index, end);
                     match visit.filter(|_| self.churn.writes(index)) {
                         Some(step) => (step, content(gva, step)),
+                        None if place.lane > 0 => (0, 0),
                         None => [content(gva, self.churn.offset); 2].into(),
                     }
                 };
                 // The step that was interrupted may have stored both words, one, or none.
                 let (old, new) = (before(end), before(end + 1));
-                let found = (vmm.word(page, 0), vmm.word(page, SECOND));
+                let found = (vmm.word(page, place.lane), vmm.word(page, SECOND + place.lane));
                 let first = found.0 == old.0 || found.0 == new.0;
                 let second = found.1 == old.1 || found.1 == new.1;
                 if !(first && second) {

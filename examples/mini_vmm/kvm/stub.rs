@@ -386,7 +386,10 @@ pub(super) fn post(
             detail: format!("{command:?}: it must stay in the lower half, with a stride"),
         });
     };
-    let aligned = command.start % PAGE == 0;
+    let aligned = match command.op {
+        Op::Churn(churn) => churn.begins_at(command.start),
+        _ => command.start % PAGE == 0,
+    };
     if !aligned || command.start < stub_pages * PAGE || command.rounds == 0 {
         return Err(MachineError::Unsupported {
             detail: format!("{command:?}: whole pages above the stub, and at least one round"),

@@ -118,6 +118,7 @@ fn judge(hello: &Hello) -> Result<Workload, Error> {
     at_most("pages", hello.pages, MAX_PAGES)?;
     at_most("rounds", hello.rounds, MAX_ROUNDS)?;
     at_most("delay", hello.delay, MAX_DELAY)?;
+    at_most("overlap", hello.overlap, 1)?;
     if hello.vcpus == 0 || hello.pages / 2 < hello.vcpus {
         let (vcpus, pages) = (hello.vcpus, hello.pages);
         return Err(
@@ -127,7 +128,7 @@ fn judge(hello: &Hello) -> Result<Workload, Error> {
     let Hello { multiplier, offset, written, delay, .. } = *hello;
     let churn = Churn { multiplier, offset, written, delay };
     let _ = churn.round(hello.pages)?;
-    Ok(Workload { churn })
+    Ok(Workload { churn, overlap: hello.overlap == 1 })
 }
 
 impl<F: SpteFormat> Received<F> {

@@ -33,7 +33,7 @@ pub const PAGE: usize = 4096;
 const REASON: usize = 256;
 const HEADER: usize = 16;
 /// Words of `Hello`.
-const HELLO: usize = 9;
+const HELLO: usize = 10;
 
 /// The VM that is to be moved. What it means that these are possible values is for the target to
 /// judge; the wire carries them.
@@ -51,6 +51,8 @@ pub struct Hello {
     pub written: u64,
     /// `Churn::delay`.
     pub delay: u64,
+    /// `Workload::overlap`, 0 or 1.
+    pub overlap: u64,
     /// Rounds that are sent at most.
     pub rounds: u64,
 }
@@ -311,7 +313,7 @@ impl Wire {
             Frame::Hello(hello) => {
                 put(&mut short, &[MAGIC, VERSION, hello.vcpus, hello.pages]);
                 put(&mut short, &[hello.multiplier, hello.offset, hello.written, hello.delay]);
-                put(&mut short, &[hello.rounds])
+                put(&mut short, &[hello.overlap, hello.rounds])
             }
             Frame::RoundEnd(pages) => put(&mut short, &[*pages]),
             Frame::Ready(hash) | Frame::Go(hash) => put(&mut short, hash),
@@ -451,6 +453,7 @@ fn decode(kind: u32, payload: Vec<u8>) -> Result<Frame, WireError> {
                 offset: word(),
                 written: word(),
                 delay: word(),
+                overlap: word(),
                 rounds: word(),
             })
         }

@@ -166,6 +166,7 @@ fn hello<F: SpteFormat>(vmm: &Vmm<F>, workload: &Workload, rounds: u64) -> Hello
         offset: churn.offset,
         written: churn.written,
         delay: churn.delay,
+        overlap: u64::from(workload.overlap),
         rounds,
     }
 }

@@ -123,7 +123,7 @@ impl<F: SpteFormat> Builder<'_, F> {
             written: self.options.write_percent * 128 / 100,
             delay: self.options.delay.unwrap_or(delay),
         };
-        Workload { churn }
+        Workload { churn, overlap: self.options.overlap }
     }
 
     /// An empty report of `scenario`.

@@ -106,7 +106,11 @@ impl Program {
 /// A command that the machine can execute.
 fn check(command: &Command) -> Result<(), MachineError> {
     let unsupported = |detail: String| Err(MachineError::Unsupported { detail });
-    if command.start % PAGE != 0 || command.stride == 0 || command.rounds == 0 {
+    let aligned = match command.op {
+        Op::Churn(churn) => churn.begins_at(command.start),
+        _ => command.start % PAGE == 0,
+    };
+    if !aligned || command.stride == 0 || command.rounds == 0 {
         return unsupported(format!("misaligned start, no stride or no rounds: {command:?}"));
     }
     let steps = command.pages.saturating_sub(1);
