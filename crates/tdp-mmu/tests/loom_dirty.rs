@@ -38,6 +38,8 @@ enum Op {
     Write,
     /// The log is read and cleared, and the pages in it copied.
     Harvest,
+    /// The guest writes if it may without a fault, on a CPU of its own; then a harvest.
+    WriteAndHarvest,
     /// The log is read, cleared by a second call, and the pages in it copied.
     PeekAndClear,
     /// Logging is switched on, and everything copied.
@@ -133,6 +135,10 @@ fn run<F: Modelled>(world: &World<F>, slots: &Slots, vcpu: &mut Vcpu<F>, op: Op)
     match op {
         Op::Write => write(world, vcpu, GFN),
         Op::Harvest => harvest(world, vcpu),
+        Op::WriteAndHarvest => {
+            let _ = world.write(GFN);
+            harvest(world, vcpu);
+        }
         Op::PeekAndClear => peek_and_clear(world, vcpu),
         Op::Enable => enable(world, slots, vcpu),
         Op::Disable => log(world, slots, vcpu, SlotFlags::empty()),
@@ -256,6 +262,7 @@ logs! {
     harvest_against_write: Legacy, WriteProtect, LOGGED, Harvest, Write;
     harvest_against_fast_fault: Legacy, WriteProtect, HARVESTED, Harvest, Write;
     harvest_against_fast_fault_without_hardware_bits: Ept, WriteProtect, HARVESTED, Harvest, Write;
+    harvest_of_a_write_beside_its_fault: Legacy, WriteProtect, HARVESTED, WriteAndHarvest, Write;
     harvest_against_harvest: Legacy, WriteProtect, LOGGED, Harvest, Harvest;
     peek_and_clear_against_write: Legacy, WriteProtect, LOGGED, PeekAndClear, Write;
     harvest_against_split_by_a_write: Legacy, WriteProtect, LOGGED_HUGE, Harvest, Write;
