@@ -152,9 +152,7 @@ impl DirtyBitmap {
     #[inline]
     #[must_use = "the bits are nowhere else now"]
     pub fn take(&self, word: usize) -> u64 {
-        // ORDERING[dirty-bit]: AcqRel. Pairs with the AcqRel in `or`: the entries of the pages
-        // taken are writable in the eyes of whoever took them.
-        self.words.get(word).map_or(0, |cell| cell.swap(0, Ordering::AcqRel))
+        self.take_bits(word, u64::MAX)
     }
 
     /// Take those bits of a word that are in `mask`: they are returned and cleared, the others stay
@@ -164,8 +162,15 @@ impl DirtyBitmap {
     #[inline]
     #[must_use = "the bits are nowhere else now"]
     pub fn take_bits(&self, word: usize, mask: u64) -> u64 {
-        // ORDERING[dirty-bit]: AcqRel. As in `take`.
-        self.words.get(word).map_or(0, |cell| cell.fetch_and(!mask, Ordering::AcqRel) & mask)
+        let Some(cell) = self.words.get(word) else { return 0 };
+        // ORDERING[dirty-bit]: Relaxed. Most words are clear, and a harvest that finds one so has
+        // happened before the marks that it does not see. (A marker may not skip its write.)
+        if cell.load(Ordering::Relaxed) & mask == 0 {
+            return 0;
+        }
+        // ORDERING[dirty-bit]: AcqRel. Pairs with the AcqRel in `or`: the entries of the pages
+        // taken are writable in the eyes of whoever took them.
+        cell.fetch_and(!mask, Ordering::AcqRel) & mask
     }
 
     /// A word's bits, all of its pages while `mark_all` is raised. Nothing is cleared, so nothing
