@@ -196,7 +196,11 @@ impl Map {
     }
 
     fn install(&mut self, fault: Fault, slot: &Slot, page: Host) -> Outcome {
-        let goal = self.goal(fault, slot, page);
+        let mut goal = self.goal(fault, slot, page);
+        if self.has_tables_below(fault.space, goal, fault.gfn & !(pages(goal) - 1)) {
+            // Only as much goes at once as one table maps.
+            goal -= 1;
+        }
         while let Some((first, leaf)) = self.leaf(fault.space, fault.gfn) {
             if leaf.level <= goal {
                 break;
@@ -241,6 +245,70 @@ impl Map {
         space.retain(|at, _| !(first..first + pages(goal)).contains(at));
         space.insert(first, new);
         Outcome::Fixed
+    }
+
+    /// Is there a table under the table that a page of `level` would take the place of?
+    fn has_tables_below(&self, space: u8, level: u8, first: u64) -> bool {
+        let inside = |gfn: u64| (first..first + pages(level)).contains(&gfn);
+        self.below.iter().any(|&(at, of, gfn)| at == space && of < level && inside(gfn))
+    }
+
+    /// Pages of `start..end` become as large as slot and host allow: what is left of pages that
+    /// were smaller.
+    pub fn collapse(&mut self, space: u8, start: u64, end: u64, host: impl Fn(&Slot, u64) -> Host) {
+        for level in 2..=self.rules.max_level {
+            let wanted = |&&(at, of, first): &&(u8, u8, u64)| {
+                at == space && of == level && first < end && start < first + pages(level)
+            };
+            let blocks: Vec<u64> = self.below.iter().filter(wanted).map(|block| block.2).collect();
+            for first in blocks {
+                self.collapse_block(space, level, first, &host);
+            }
+        }
+    }
+
+    fn collapse_block(
+        &mut self,
+        space: u8,
+        level: u8,
+        first: u64,
+        host: impl Fn(&Slot, u64) -> Host,
+    ) {
+        let whole = first..first + pages(level);
+        let parts: Vec<(u64, Leaf)> = self.spaces[usize::from(space)]
+            .range(whole.clone())
+            .map(|(first, leaf)| (*first, *leaf))
+            .collect();
+        let Some(&(at, one)) = parts.first() else { return };
+        let Some((_, &slot)) = self.slot_of(space, first) else { return };
+        let page = host(&slot, at);
+        let fits = (slot.base ^ slot.pfn) & (pages(level) - 1) == 0
+            && slot.holds(first, pages(level))
+            && page.level >= level
+            && !slot.log;
+        let writable = page.writable && !slot.read_only;
+        let alike = parts.iter().all(|(gfn, leaf)| {
+            leaf.pfn == slot.pfn + (gfn - slot.base)
+                && leaf.host_writable == writable
+                && leaf.may_write == one.may_write
+        });
+        if !fits || !alike || self.has_tables_below(space, level, first) {
+            return;
+        }
+        let any = |what: fn(&Leaf) -> bool| parts.iter().any(|(_, leaf)| what(leaf));
+        let new = Leaf {
+            level,
+            pfn: slot.pfn + (first - slot.base),
+            writable: any(|leaf| leaf.writable),
+            tracked: !any(|leaf| !leaf.tracked),
+            accessed: any(|leaf| leaf.accessed),
+            dirty: any(|leaf| leaf.dirty),
+            ..one
+        };
+        let leaves = &mut self.spaces[usize::from(space)];
+        leaves.retain(|gfn, _| !whole.contains(gfn));
+        leaves.insert(first, new);
+        self.below.remove(&(space, level, first));
     }
 
     /// Split the leaf at `first` into leaves one level lower.

@@ -464,6 +464,10 @@ impl<F: Modelled> World<F> {
             if log && !slot.log {
                 self.spec.log(space, &new);
             }
+            if !log && slot.log {
+                let page = |slot: &Slot, gfn: u64| host_page(slot.pfn + (gfn - slot.base));
+                self.spec.collapse(space, slot.base, slot.base + slot.pages, page);
+            }
         }
     }
 

@@ -251,10 +251,14 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         actor.pay(debt, FlushScope::Ranges);
     }
 
-    /// Logging of `slot` was switched off. What is writable stays so, what is not is made writable
-    /// by its next write.
+    /// Logging of `slot` was switched off: huge pages come back, if
+    /// [`collapse_on_disable`](crate::TdpOptions::collapse_on_disable) says so (KVM row 3.29). What
+    /// is writable stays so, what is not is made writable by its next write.
+    /// [`set_slot`](Self::set_slot) calls it; a VM with several MMUs calls it on each.
     pub fn log_disabled(&self, actor: &mut Actor<H>, slot: &Memslot) {
-        let _ = (actor, slot);
+        if self.options().collapse_on_disable {
+            let _ = self.collapse(actor, slot.as_id, slot.range());
+        }
     }
 
     /// Read the bits of a slot and clear them: the pages written since the last call (KVM row

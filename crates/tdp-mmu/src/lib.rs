@@ -23,6 +23,7 @@ extern crate std;
 pub mod age;
 pub mod attributes;
 mod change;
+pub mod collapse;
 pub mod dirty;
 pub mod dump;
 mod fast;
@@ -48,6 +49,7 @@ mod watch;
 pub mod wrprot;
 pub mod zap;
 
+pub use collapse::CollapseReport;
 pub use dirty::{DirtyTracking, Harvest, LogError};
 pub use dump::{Dump, Run, RunKind};
 pub use iter::{Cursor, Step, TdpIter};

@@ -6,7 +6,7 @@
 //! ([`mmu_core::attributes::table`], [`mmu_core::slot::track`]).
 
 use mmu_core::access::Access;
-use mmu_core::addr::{GfnRange, Level, Pfn};
+use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
 use mmu_core::attributes::{self, Attributes};
 use mmu_core::epoch::EpochGuard;
 use mmu_core::fault::{PageFault, Privacy};
@@ -30,6 +30,35 @@ pub(crate) struct Limits {
 }
 
 impl Limits {
+    /// The limits of `gfn`, found in `section`. Stale as soon as an invalidation of the page has
+    /// begun after the caller's snapshot.
+    pub(crate) fn of<H: Host>(
+        vm: &VmCore<H>,
+        section: &EpochGuard<'_>,
+        gfn: Gfn,
+        nx_huge_pages: bool,
+    ) -> Self {
+        let map = vm.slots().attributes().read(section);
+        let attributes = map.get(gfn);
+        let mut level = attributes::max_level(map, gfn, Level::MAX_LEAF);
+        let mut tracked = false;
+        let slots = vm.slots().read(section);
+        // Memory of several address spaces is the same memory (KVM row 6.16).
+        for space in 0..MAX_ADDRESS_SPACES {
+            let slot = slots.find(space, gfn);
+            let meta = slot.and_then(|slot| slots.meta(space, slot.id));
+            if let Some(track) = meta.and_then(SlotMeta::track).filter(|track| track.is_used()) {
+                tracked |= track.is_tracked(gfn);
+                level = track.max_level(gfn, level);
+            }
+        }
+        if nx_huge_pages && attributes.contains(Attributes::NO_EXEC) {
+            // A huge leaf that is split under the mitigation gives fetches back.
+            level = Level::L1;
+        }
+        Self { attributes, tracked, level }
+    }
+
     /// Is the page private to the guest?
     pub(crate) const fn is_private(&self) -> bool {
         self.attributes.is_private()
@@ -86,33 +115,17 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         if work.vm.notify().must_retry(&work.section, snapshot, GfnRange::from_len(gfn, 1)) {
             return Err(Stop::Retry);
         }
-        let map = work.vm.slots().attributes().read(work.section.epoch());
-        let attributes = map.get(gfn);
+        let limits = Limits::of(work.vm, work.section.epoch(), gfn, nx_huge_pages);
+        let attributes = limits.attributes;
         if fault.privacy.differs(attributes.is_private()) {
             return Err(Stop::Memory { private: !attributes.is_private() });
         }
         if !attributes.restrict(fault.access()).contains(fault.access()) {
             return Err(Stop::Denied);
         }
-        let mut level = attributes::max_level(map, gfn, Level::MAX_LEAF);
-        let mut tracked = false;
-        let slots = work.vm.slots().read(work.section.epoch());
-        // Memory of several address spaces is the same memory (KVM row 6.16).
-        for space in 0..MAX_ADDRESS_SPACES {
-            let slot = slots.find(space, gfn);
-            let meta = slot.and_then(|slot| slots.meta(space, slot.id));
-            if let Some(track) = meta.and_then(SlotMeta::track).filter(|track| track.is_used()) {
-                tracked |= track.is_tracked(gfn);
-                level = track.max_level(gfn, level);
-            }
-        }
-        if tracked && fault.access().contains(Access::WRITE) {
+        if limits.tracked && fault.access().contains(Access::WRITE) {
             return Err(Stop::WriteProtected);
         }
-        if nx_huge_pages && attributes.contains(Attributes::NO_EXEC) {
-            // A huge leaf that is split under the mitigation gives fetches back.
-            level = Level::L1;
-        }
-        Ok(Limits { attributes, tracked, level })
+        Ok(limits)
     }
 }

@@ -18,7 +18,6 @@ use mmu_core::frame::{MmuCache, TablePool};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
-use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::SharedWork;
 
@@ -29,7 +28,6 @@ use crate::recent::Recent;
 use crate::resolve::{Resolved, Wish};
 use crate::root::RootRef;
 use crate::vcpu::TdpVcpu;
-use crate::zap::ZapReport;
 
 /// Compare-exchanges that one fault may lose before it gives up its section and lets the vCPU try
 /// again. Each loss means that somebody else made progress on the same entry.
@@ -241,12 +239,19 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let pool = vm.pool();
         let epoch = section.epoch();
         let (mut frame, mut level) = (root.frame, root.role.level());
-        let mut lost = 0;
+        let (mut fault, mut lost) = (*fault, 0);
         loop {
             let (cell, old);
-            (frame, level, cell, old) = self.descend(pool, epoch, frame, level, fault);
+            (frame, level, cell, old) = self.descend(pool, epoch, frame, level, &fault);
             if old.is_frozen() {
                 return Ok(FaultOutcome::Retry);
+            }
+            if level == fault.goal
+                && old.is_table(level)
+                && self.keeps_table(pool, epoch, old, level)
+            {
+                fault = fault.one_lower(self.config());
+                continue;
             }
             if level == fault.goal {
                 recent.note(fault.gfn, (frame, level), unlinked);
@@ -264,7 +269,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 && (fault.prefetch || change.config.permits(old, fault.access))
             {
                 return Ok(FaultOutcome::Spurious);
-            } else if let Some(result) = self.change_leaf(&change, cell, old, fault, debt) {
+            } else if let Some(result) = self.change_leaf(&change, cell, old, &fault, debt) {
                 return result;
             }
             if lost == MAX_LOST {
@@ -377,7 +382,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return None;
         }
         if old.is_table(level) {
-            self.replace_table(change, old, fault, debt.get_or_insert_default());
+            // In the same section, see `collapse`.
+            let debt = debt.get_or_insert_default();
+            let _ = self.replace_table(change, old, fault.gfn, level, debt);
         }
         Some(Ok(FaultOutcome::Fixed))
     }
@@ -402,26 +409,6 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             Err(_) => FaultOutcome::Retry,
         };
         Some(Ok(outcome))
-    }
-
-    /// A huge leaf took the place of a table: take that apart and owe the flush (row 0.2.7).
-    #[cold]
-    fn replace_table(
-        &self,
-        change: &Change<'_, F, H>,
-        old: Spte,
-        fault: &Wish,
-        debt: &mut FlushDebt,
-    ) {
-        change.stats.inc(Counter::Collapses);
-        let (gfn, level) = (fault.gfn.align_down(fault.goal), fault.goal);
-        change.trace(|| Event::Collapse { gfn, level });
-        change.owe(debt, GfnRange::entry(fault.gfn, fault.goal));
-        let mut gone = ZapReport::default();
-        if let Some(below) = fault.goal.down() {
-            let table = self.config().pfn(old);
-            change.remove_table(table, below, debt, &mut gone);
-        }
     }
 }
 

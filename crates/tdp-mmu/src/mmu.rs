@@ -32,11 +32,19 @@ pub struct TdpOptions {
     pub dirty: DirtyTracking,
     /// Split huge leaves when logging begins, instead of at the first write to each (KVM row 3.28).
     pub eager_split: bool,
+    /// Map huge pages again when logging ends, instead of at the next fault that finds them split
+    /// (KVM row 3.29).
+    pub collapse_on_disable: bool,
 }
 
 impl Default for TdpOptions {
     fn default() -> Self {
-        Self { max_level: Level::MAX_LEAF, dirty: DirtyTracking::WriteProtect, eager_split: true }
+        Self {
+            max_level: Level::MAX_LEAF,
+            dirty: DirtyTracking::WriteProtect,
+            eager_split: true,
+            collapse_on_disable: true,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use mmu_core::dirty::DirtyRing;
 use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::notify::Snapshot;
 use mmu_core::slot::{self, Memslot};
-use mmu_core::spte::{Spte, SpteFormat};
+use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::trace::Event;
 use mmu_core::traits::{Host, HostPage, ResolveError};
 use mmu_core::vm::SlotCopy;
@@ -44,6 +44,14 @@ impl Wish {
     #[inline(always)]
     pub(crate) const fn pages(&self) -> GfnRange {
         GfnRange::entry(self.gfn, self.goal)
+    }
+
+    /// The part of the entry that maps the gfn, one level lower.
+    #[cold]
+    pub(crate) fn one_lower<F: SpteFormat>(self, config: &SpteConfig<F>) -> Self {
+        let Some(below) = self.goal.down() else { return self };
+        let leaf = config.small_from_huge(self.leaf, self.goal, self.gfn.index(below));
+        Self { goal: below, leaf, ..self }
     }
 }
 
