@@ -19,7 +19,7 @@ use crate::iter::{Cursor, LeafTable, Step, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::RootFilter;
 use crate::scan;
-use crate::slice::{self, Found};
+use crate::slice::{self, Found, Visit};
 
 impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
     type Reader = Actor<H>;
@@ -133,14 +133,14 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
     /// Age until the walk ends (`None`) or the section has lasted long enough.
     fn run(&mut self, iter: TdpIter<'_, H>) -> Option<Cursor> {
         let stats = self.change.stats;
-        slice::run(stats, iter, self.job.range, |_, found| {
+        slice::run(stats, iter, self.job.range, |found| {
             self.report.entries += 1;
             match found {
                 Found::Table(table) => self.table(&table),
                 Found::Entry(step) if step.spte.is_leaf(step.level) => self.huge(&step),
                 Found::Entry(_) => {}
             }
-            0
+            Visit::Done
         })
     }
 

@@ -21,11 +21,11 @@ use mmu_core::vm::{Actor, SharedWork};
 
 use crate::change::Change;
 use crate::dirty::{DirtyTracking, Harvest};
-use crate::iter::{Cursor, LeafTable, Step, TdpIter};
+use crate::iter::{Cursor, LeafTable, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::{FoundRoot, RootFilter};
 use crate::scan;
-use crate::slice::{self, Found};
+use crate::slice::{self, Found, Visit};
 
 /// Neighbouring pages, some of which are to be protected.
 pub(crate) struct Run {
@@ -288,8 +288,8 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
                 let level = root.role.level();
                 let iter = TdpIter::resume(work.vm.pool(), section, root.frame, level, cursor)
                     .with_encryption(change.config.encryption_mask());
-                next = slice::run(work.stats, iter, range, |iter, found| {
-                    self.sweep_found(&change, iter, range, found, &mut dirty)
+                next = slice::run(work.stats, iter, range, |found| {
+                    self.sweep_found(&change, found, &mut dirty)
                 });
                 work.stats.inc(Counter::Yields);
             }
@@ -299,15 +299,13 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
     fn sweep_found(
         &mut self,
         change: &Change<'_, F, H>,
-        iter: &TdpIter<'_, H>,
-        range: GfnRange,
         found: Found<'_>,
         dirty: &mut impl FnMut(Gfn, Level, u64),
-    ) -> usize {
+    ) -> Visit {
         let step = match found {
             Found::Table(table) => {
                 self.sweep_table(change, &table, dirty);
-                return 0;
+                return Visit::Done;
             }
             Found::Entry(step) => step,
         };
@@ -318,11 +316,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
                 dirty(step.gfn, step.level, 0);
             }
         }
-        // A huge leaf may have been split before it could be protected.
-        let now = Step { spte: step.cell.load(), ..step };
-        let Some(table) = iter.leaf_table(&now, range) else { return 0 };
-        self.sweep_table(change, &table, dirty);
-        table.count
+        Visit::LookAgain
     }
 
     fn sweep_table(

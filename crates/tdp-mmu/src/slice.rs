@@ -20,32 +20,52 @@ pub(crate) enum Found<'g> {
     Entry(Step<'g>),
 }
 
-/// Walk until the walk ends (`None`) or the slice is full. `visit` returns how many entries it
-/// looked at besides.
+/// What became of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Visit {
+    /// On to the next.
+    Done,
+    /// The entry may be another by now: a huge leaf that somebody split before it could be worked
+    /// on, and whose children are in the range too.
+    LookAgain,
+}
+
+/// Walk until the walk ends (`None`) or the slice is full.
 #[inline(always)]
 pub(crate) fn run<'g, H: Host>(
     stats: &StatsShard,
     mut iter: TdpIter<'g, H>,
     range: GfnRange,
-    mut visit: impl FnMut(&TdpIter<'g, H>, Found<'g>) -> usize,
+    mut visit: impl FnMut(Found<'g>) -> Visit,
 ) -> Option<Cursor> {
     let mut visited = 0;
-    while let Some(step) = iter.next() {
-        let table = iter.leaf_table(&step, range);
-        let here = usize::from(!step.spte.is_table(step.level));
-        let count = table.as_ref().map_or(here, |table| table.count);
-        if visited != 0 && visited + count > SLICE_ENTRIES {
-            // Before the step is worked on: the walk comes back to it.
-            match iter.suspend() {
-                Ok(cursor) => {
-                    stats.max(Counter::MaxSlice, to_u64(visited));
-                    return Some(cursor);
+    while let Some(mut step) = iter.next() {
+        loop {
+            let table = iter.leaf_table(&step, range);
+            let here = usize::from(!step.spte.is_table(step.level));
+            let count = table.as_ref().map_or(here, |table| table.count);
+            if visited != 0 && visited + count > SLICE_ENTRIES {
+                // Before the step is worked on: the walk comes back to it.
+                match iter.suspend() {
+                    Ok(cursor) => {
+                        stats.max(Counter::MaxSlice, to_u64(visited));
+                        return Some(cursor);
+                    }
+                    Err(same) => iter = same,
                 }
-                Err(same) => iter = same,
+            }
+            let is_table = table.is_some();
+            let end = visit(table.map_or(Found::Entry(step), Found::Table)) == Visit::Done;
+            if end || is_table {
+                visited += count;
+                break;
+            }
+            step.spte = step.cell.load();
+            if iter.leaf_table(&step, range).is_none() {
+                visited += count;
+                break;
             }
         }
-        visited += count;
-        visited += visit(&iter, table.map_or(Found::Entry(step), Found::Table));
     }
     stats.max(Counter::MaxSlice, to_u64(visited));
     None

@@ -25,7 +25,7 @@ use crate::iter::{Cursor, LeafTable, Step, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::RootFilter;
 use crate::scan::{self, Line};
-use crate::slice::{self, Found};
+use crate::slice::{self, Found, Visit};
 
 pub use crate::slice::SLICE_ENTRIES;
 
@@ -200,21 +200,15 @@ fn zap_slice<F: SpteFormat, H: Host>(
     debt: &mut FlushDebt,
     report: &mut ZapReport,
 ) -> Option<Cursor> {
-    slice::run(change.stats, iter, range, |iter, found| {
-        let step = match found {
-            Found::Table(table) => {
-                zap_table(change, &table, debt, report);
-                return 0;
-            }
-            Found::Entry(step) => step,
-        };
-        zap_step(change, &step, debt, report);
-        // Read again: a huge leaf may have been split before it could be taken out, by a fault on
-        // another part of it, and its children map our range.
-        let now = Step { spte: step.cell.load(), ..step };
-        let Some(table) = iter.leaf_table(&now, range) else { return 0 };
-        zap_table(change, &table, debt, report);
-        table.count
+    slice::run(change.stats, iter, range, |found| match found {
+        Found::Table(table) => {
+            zap_table(change, &table, debt, report);
+            Visit::Done
+        }
+        Found::Entry(step) => {
+            zap_step(change, &step, debt, report);
+            Visit::LookAgain
+        }
     })
 }
 
