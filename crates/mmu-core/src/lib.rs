@@ -39,6 +39,7 @@ pub mod gfn_cache;
 pub mod latency;
 pub mod lock;
 pub mod notify;
+pub mod paging;
 pub mod role;
 pub mod slot;
 pub mod spin;

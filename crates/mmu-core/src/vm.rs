@@ -18,6 +18,7 @@ use crate::frame::TablePool;
 use crate::latency::{Latencies, Wait};
 use crate::lock::MmuLock;
 use crate::notify::Invalidations;
+use crate::paging::Paging;
 use crate::slot::{
     DirtyLog, GENERATION_UPDATING, LogOptions, MAX_ADDRESS_SPACES, Memslot, PageTrack, SlotChange,
     SlotError, SlotLimits, SlotMeta, SlotRequest, SlotTable, SlotWriter, plan,
@@ -38,9 +39,18 @@ pub struct VmCore<H: Host> {
     stats: Stats,
     dead: Dead,
     latency: Latencies,
-    log: LogOptions,
+    options: VmOptions,
     /// One for each participant, or none.
     rings: Vec<DirtyRing>,
+}
+
+/// What a VM is, chosen when it is made and kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VmOptions {
+    /// How it logs writes.
+    pub log: LogOptions,
+    /// Which kind of MMU serves it; what a [`PagingPolicy`](crate::paging::PagingPolicy) said.
+    pub paging: Paging,
 }
 
 /// A VM that could not be made.
@@ -107,6 +117,21 @@ impl<H: Host> VmCore<H> {
         give_up_cpu: GiveUpCpu,
         log: LogOptions,
     ) -> Result<(Arc<Self>, SlotWriter), VmError> {
+        let options = VmOptions { log, ..VmOptions::default() };
+        Self::with_options(host, participants, limits, give_up_cpu, options)
+    }
+
+    /// The same, with other than the default options.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_options(
+        host: H,
+        participants: usize,
+        limits: SlotLimits,
+        give_up_cpu: GiveUpCpu,
+        options: VmOptions,
+    ) -> Result<(Arc<Self>, SlotWriter), VmError> {
         let domain = EpochDomain::new(participants, give_up_cpu).map_err(VmError::Epoch)?;
         let stats = Stats::new(participants).ok_or(VmError::NoMemory { participants })?;
         let measured = if H::ENABLED { participants } else { 0 };
@@ -120,8 +145,8 @@ impl<H: Host> VmCore<H> {
             stats,
             dead: Dead::new(),
             latency,
-            rings: rings(participants, &log)?,
-            log,
+            rings: rings(participants, &options.log)?,
+            options,
             domain,
         };
         Ok((Arc::new(vm), writer))
@@ -181,7 +206,14 @@ impl<H: Host> VmCore<H> {
     #[inline]
     #[must_use]
     pub fn log_options(&self) -> &LogOptions {
-        &self.log
+        &self.options.log
+    }
+
+    /// Which kind of MMU serves this VM; as it was made, whatever the policy says since.
+    #[inline]
+    #[must_use]
+    pub fn paging(&self) -> Paging {
+        self.options.paging
     }
 
     /// The dirty rings, one for each participant by its index; none if the VM has no rings. A
@@ -391,7 +423,7 @@ impl<H: Host> VmCore<H> {
         if kept.as_ref() == Some(&pages) {
             return Ok(before);
         }
-        let log = DirtyLog::new(pages, &self.log)
+        let log = DirtyLog::new(pages, &self.options.log)
             .map_err(|error| SlotError::NoMemoryForLog { bytes: error.bytes })?;
         Ok(before.with_log(Some(Arc::new(log))))
     }

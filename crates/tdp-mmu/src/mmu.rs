@@ -10,6 +10,7 @@ use core::ops::Range;
 use mmu_core::addr::Level;
 use mmu_core::check::{CheckError, TreeCount, check_tree};
 use mmu_core::epoch::EpochGuard;
+use mmu_core::paging::Paging;
 use mmu_core::role::RootRole;
 use mmu_core::slot::{SlotChange, SlotError, SlotRequest, SlotWriter};
 use mmu_core::spte::{SpteConfig, SpteFormat};
@@ -48,6 +49,21 @@ impl Default for TdpOptions {
     }
 }
 
+/// The VM was made for another kind of MMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WrongPaging {
+    /// What it was made for.
+    pub paging: Paging,
+}
+
+impl fmt::Display for WrongPaging {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the VM was made for {}", self.paging)
+    }
+}
+
+impl core::error::Error for WrongPaging {}
+
 /// Page tables in format `F` for the guest memory of one VM, shared by all its vCPUs.
 pub struct TdpMmu<F: SpteFormat, H: Host> {
     vm: Arc<VmCore<H>>,
@@ -59,11 +75,34 @@ pub struct TdpMmu<F: SpteFormat, H: Host> {
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// An MMU without roots; [`TdpVcpu::load_root`](crate::TdpVcpu::load_root) makes the first.
+    ///
+    /// # Panics
+    /// When the VM was made for shadow paging. Who does not know uses [`try_new`](Self::try_new).
     #[must_use]
     pub fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, options: TdpOptions) -> Arc<Self> {
+        assert!(vm.paging() == Paging::Tdp, "the VM was made for {}", vm.paging());
+        Arc::new(Self::make(vm, config, options))
+    }
+
+    /// The same for a VM that may have been made for shadow paging.
+    ///
+    /// # Errors
+    /// [`WrongPaging`] says what it was made for.
+    pub fn try_new(
+        vm: Arc<VmCore<H>>,
+        config: SpteConfig<F>,
+        options: TdpOptions,
+    ) -> Result<Arc<Self>, WrongPaging> {
+        match vm.paging() {
+            Paging::Tdp => Ok(Arc::new(Self::make(vm, config, options))),
+            paging @ Paging::Shadow => Err(WrongPaging { paging }),
+        }
+    }
+
+    fn make(vm: Arc<VmCore<H>>, config: SpteConfig<F>, options: TdpOptions) -> Self {
         let give_up_cpu = vm.give_up_cpu();
         let (roots, unflushed) = (Roots::new(give_up_cpu), Unflushed::new(give_up_cpu));
-        Arc::new(Self { vm, config, options, roots, unflushed })
+        Self { vm, config, options, roots, unflushed }
     }
 
     /// The VM.
