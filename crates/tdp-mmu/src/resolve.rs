@@ -114,7 +114,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             None => self.leaf.leaf(config, facts, goal, page.pfn),
             Some(limits) => {
                 let leaf = limits.leaf(config, facts.spec(), page.pfn, access);
-                leaf.ok_or(Stop::Denied)?
+                let leaf = leaf.ok_or(Stop::Denied)?;
+                // The CPU is to set D: what is dirty from the start it would not tell of.
+                if log == LeafLog::Clean { config.clear_dirty(leaf) } else { leaf }
             }
         };
         let mark = log == LeafLog::Marked && self.mmu.config().is_writable(leaf);
