@@ -111,6 +111,26 @@ fn no_write_is_missed_of_pages_that_all_vcpus_write() {
 }
 
 #[test]
+fn no_write_is_missed_while_pages_and_roots_are_taken_away() {
+    let cpus = [CpuChoice::Soft, CpuChoice::Kvm];
+    let kvm = has_kvm("no_write_is_missed_while_pages_and_roots_are_taken_away");
+    for cpu in cpus.into_iter().filter(|cpu| kvm || *cpu == CpuChoice::Soft) {
+        for mode in MODES {
+            for tracking in [Tracking::WriteProtect, Tracking::DirtyBit] {
+                let base = Options { disturb: true, overlap: true, ..options(cpu) };
+                let memory = Some(1 << 20);
+                holds("dirty-log", &Options { mode, tracking, memory, iterations: 10, ..base });
+            }
+        }
+        if cpu == CpuChoice::Soft {
+            let (tracking, mode) = (Tracking::HardwareLog, LogMode::Both);
+            let base = Options { disturb: true, overlap: true, huge: true, ..options(cpu) };
+            holds("dirty-log", &Options { mode, tracking, ..base });
+        }
+    }
+}
+
+#[test]
 fn page_sizes_are_exact_before_while_and_after_logging() {
     for format in FORMATS {
         for mode in MODES {

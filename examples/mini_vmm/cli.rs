@@ -89,6 +89,8 @@ pub struct Options {
     pub run_while_disabling: bool,
     /// vCPUs visit their pages in a pseudo-random order.
     pub random: bool,
+    /// Unmap, age and drop roots while dirty pages are harvested.
+    pub disturb: bool,
     /// All vCPUs visit all pages, and write words of their own there.
     pub overlap: bool,
     /// Take a VM here.
@@ -123,6 +125,7 @@ impl Options {
             run_while_disabling: false,
             random: false,
             overlap: false,
+            disturb: false,
             listen: None,
             to: None,
             timeout: 10,
@@ -161,6 +164,8 @@ options
                        migrate 100000)
     --slots N          memory slots (1)
     -e                 dirty-log: vCPUs run on while logging is disabled
+    --disturb          dirty-log: unmap, age and drop roots while vCPUs write and pages are
+                       harvested
     -o                 vCPUs visit each other's pages too (dirty-log, migrate)
     --random           vCPUs visit their pages in a pseudo-random order
     --listen ADDR      migrate: take a VM here, such as 127.0.0.1:7000
@@ -194,6 +199,7 @@ pub fn parse() -> Result<Options, String> {
             Short('p') => options.parallel = true,
             Short('e') => options.run_while_disabling = true,
             Long("random") => options.random = true,
+            Long("disturb") => options.disturb = true,
             Short('o') => options.overlap = true,
             Long("iterations") => options.iterations = number(&text(&mut parser)?, 1, 1000)?,
             Long("write-percent") => options.write_percent = number(&text(&mut parser)?, 0, 100)?,

@@ -6,14 +6,17 @@
 //! large as the host has them before and after.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mmu_core::addr::Level;
 use mmu_core::spte::SpteFormat;
+use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 use mmu_core::vm::Actor;
+use mmu_model::Random;
 
 use super::{Builder, Error, Report};
+use crate::cli::Options;
 use crate::host::VmmHost;
 use crate::log::Log;
 use crate::machine::PAGE;
@@ -74,7 +77,7 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     bench.sizes("page-sizes-while-logging", [pages, 0, 0])?;
     bench.quiet(&mut vcpus, options.iterations)?;
     bench.host_writes()?;
-    bench.running(&mut vcpus, options.iterations, options.run_while_disabling)?;
+    bench.running(&mut vcpus, options)?;
     let _ = vmm.on_all(&mut vcpus, |vcpu| workload.finish(vcpu))?;
     bench.rounds = workload.rounds(&vmm)?;
     if !options.run_while_disabling {
@@ -203,12 +206,7 @@ impl<F: SpteFormat> Bench<'_, F> {
     }
 
     /// Harvests under vCPUs that write all the time: nothing is missed.
-    fn running(
-        &mut self,
-        vcpus: &mut [VmmVcpu<F>],
-        iterations: u64,
-        disable: bool,
-    ) -> Result<(), Error> {
+    fn running(&mut self, vcpus: &mut [VmmVcpu<F>], options: &Options) -> Result<(), Error> {
         let vmm = self.vmm;
         // One for each log: none leans on what another found.
         let logs = self.log.harvest_each(vmm, &mut self.actor)?.len();
@@ -216,6 +214,7 @@ impl<F: SpteFormat> Bench<'_, F> {
         let workload = self.workload;
         let before = workload.steps(vmm);
         let mut points = Vec::new();
+        let done = AtomicBool::new(false);
         let differing = std::thread::scope(|scope| {
             let run = move || {
                 vmm.on_all(vcpus, |vcpu| {
@@ -224,8 +223,12 @@ impl<F: SpteFormat> Bench<'_, F> {
                 })
             };
             let running = scope.spawn(run);
-            let watched = self.watch(&mut copies, iterations, &mut points);
-            let disabled = match disable {
+            let disturber =
+                options.disturb.then(|| scope.spawn(|| disturb(vmm, options.seed, &done)));
+            let watched = self.watch(&mut copies, options.iterations, &mut points);
+            done.store(true, Ordering::Relaxed);
+            let disturbed = disturber.map_or(Ok(Ok(())), |thread| thread.join());
+            let disabled = match options.run_while_disabling {
                 true => self.timed("disable_ms", |bench| bench.log.disable(vmm, &mut bench.actor)),
                 false => Ok(()),
             };
@@ -234,6 +237,7 @@ impl<F: SpteFormat> Bench<'_, F> {
             vmm.unstop();
             let _ = ran?;
             disabled?;
+            disturbed.map_err(|_| "the disturber panicked")??;
             watched
         })?;
         let after = workload.steps(vmm);
@@ -289,4 +293,29 @@ impl<F: SpteFormat> Bench<'_, F> {
         }
         Ok(all)
     }
+}
+
+/// Take away what the harvests look for, in every way there is, until `done`.
+fn disturb<F: SpteFormat>(vmm: &Vmm<F>, seed: u64, done: &AtomicBool) -> Result<(), Error> {
+    let mut actor = vmm.actor()?;
+    let mut random = Random::new(seed);
+    while !done.load(Ordering::Relaxed) {
+        let start = random.below(vmm.shape.pages);
+        let end = (start + 1 + random.below(128)).min(vmm.shape.pages);
+        let range = vmm.gfns(start..end);
+        match random.below(16) {
+            0 => {
+                let _ = vmm.mmu.invalidate_roots(&mut actor).finish(&mut actor);
+            }
+            1..6 => {
+                let request = AgeRequest { range, mode: AgeMode::ClearFlush, budget: u64::MAX };
+                let _ = vmm.mmu.age(&mut actor, request, &mut CountOnly);
+            }
+            _ => {
+                let _ = vmm.mmu.unmap(&mut actor, range);
+            }
+        }
+        std::thread::sleep(Duration::from_micros(random.below(500)));
+    }
+    Ok(())
 }
