@@ -80,14 +80,16 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     bench.running(&mut vcpus, options)?;
     let _ = vmm.on_all(&mut vcpus, |vcpu| workload.finish(vcpu))?;
     bench.rounds = workload.rounds(&vmm)?;
+    if options.disturb {
+        // What was taken away is mapped again.
+        bench.round(&mut vcpus, "write_disturbed_ms")?;
+    }
     if !options.run_while_disabling {
         bench.timed("disable_ms", |bench| bench.log.disable(&vmm, &mut bench.actor))?;
     }
-    // Leaves of 4 KiB that logging left; the faults of the next round map what the host has.
-    let _ =
-        bench.timed("recover_ms", |bench| Ok(vmm.mmu.unmap(&mut bench.actor, vmm.all_gfns())))?;
-    bench.round(&mut vcpus, "write_after_ms")?;
     bench.sizes("page-sizes-after", bench.huge_sizes())?;
+    bench.round(&mut vcpus, "write_after_ms")?;
+    bench.sizes("page-sizes-after-another-round", bench.huge_sizes())?;
     let wrong = workload.verify(&vmm)?;
     bench.report.check("contents-are-what-vcpus-wrote", wrong.pages == 0, wrong.detail());
 
