@@ -11,7 +11,7 @@
 //!
 //! CPUs go on using a link that they cached until the flush, and may set A and D in the old entries
 //! until those are frozen. What the freeze takes out and the leaf does not say is added to the leaf
-//! (INVARIANT[I8]).
+//! (invariant I8).
 //!
 //! Small levels come first, and a table with tables under it stays: so no section visits more than
 //! one table.
