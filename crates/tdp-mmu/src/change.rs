@@ -35,6 +35,9 @@ pub(crate) struct Change<'a, F: SpteFormat, H: Host> {
     /// Address space of the tree.
     pub(crate) space: u16,
     pub(crate) tracking: DirtyTracking,
+    /// The level that a fault would map at if it were no fetch: tables linked up to there are
+    /// marked (KVM row 3.30).
+    pub(crate) nx_wanted: Level,
 }
 
 /// Leaves taken out of a level-1 table and not accounted for yet.
@@ -153,10 +156,42 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     }
 
     /// Fill the entries of a table that is not linked yet.
-    pub(crate) fn fill_split(&self, table: &PageTable, huge: Spte, level: Level) {
+    pub(crate) fn fill_split(
+        &self,
+        config: &SpteConfig<F>,
+        table: &PageTable,
+        huge: Spte,
+        level: Level,
+    ) {
         for (index, cell) in table.entries().iter().enumerate() {
-            cell.init(self.config.small_from_huge(huge, level, index));
+            cell.init(config.small_from_huge(huge, level, index));
         }
+    }
+
+    /// Link the table in `frame` for `gfn` where `old` stands, in an entry at `level`.
+    ///
+    /// # Errors
+    /// As [`set`](Self::set); the frame was not linked.
+    pub(crate) fn link(
+        &self,
+        cell: &SpteCell,
+        old: Spte,
+        frame: Pfn,
+        gfn: Gfn,
+        level: Level,
+    ) -> Result<(), Spte> {
+        let gfn = gfn.align_down(level);
+        self.pool().set_place(frame, gfn, level.below());
+        let marked = level <= self.nx_wanted;
+        if marked {
+            // Before the link: whoever finds the table finds the mark.
+            self.pool().mark(frame);
+        }
+        self.set(cell, old, self.config.table(frame, level), gfn, level)?;
+        if marked {
+            self.stats.inc(Counter::NxSplits);
+        }
+        Ok(())
     }
 
     /// Statistics of a committed change.
@@ -339,6 +374,7 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         stack.push((table, level, 0));
         while let Some((frame, level, index)) = stack.pop() {
             let Some(cell) = pool.owned_table(frame).entries().get(index) else {
+                crate::nx::forget(pool, self.stats, frame);
                 debt.owe_table(pool.map(), frame);
                 continue;
             };

@@ -101,8 +101,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         gone
     }
 
-    /// Must a leaf at `level` leave the table alone that `link`, the entry there, leads to? Taking
-    /// tables under it apart as well could visit many times what a section may.
+    /// Must a leaf at `level` leave the table alone that `link`, the entry there, leads to? One
+    /// that the NX mitigation asked for, for it would come back (KVM row 3.24); and taking tables
+    /// under it apart as well could visit many times what a section may.
     #[cold]
     pub(crate) fn keeps_table(
         &self,
@@ -111,8 +112,12 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         link: Spte,
         level: Level,
     ) -> bool {
+        let frame = self.config().pfn(link);
+        if pool.is_marked(frame) {
+            return true;
+        }
         let Some(below) = level.down().filter(|below| *below > Level::L1) else { return false };
-        let table = pool.table(section, self.config().pfn(link));
+        let table = pool.table(section, frame);
         table.entries().iter().any(|cell| cell.load().is_table(below))
     }
 }
@@ -271,7 +276,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
     /// What attributes and write tracking say. Asked after the snapshot, as by a fault.
     fn limits(&self, actor: &mut Actor<H>, gfn: Gfn) -> Option<Limits> {
         let work = actor.pinned();
-        let nx_huge_pages = self.mmu.config().nx_huge_pages();
+        let nx_huge_pages = self.mmu.making().nx_huge_pages();
         let limited = !work.vm.slots().is_plain();
         limited.then(|| Limits::of(work.vm, &work.section, gfn, nx_huge_pages))
     }
@@ -338,8 +343,13 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
         if !old.is_table(level) {
             return Try::Stays;
         }
-        let table = pool.table(epoch, change.config.pfn(old));
-        let Some(leaf) = huge_leaf(change.config, table, level, pfn) else { return Try::Stays };
+        let frame = change.config.pfn(old);
+        // What is executed stays small until `recover_nx` finds it.
+        if pool.is_marked(frame) {
+            return Try::Stays;
+        }
+        let table = pool.table(epoch, frame);
+        let Some(leaf) = huge_leaf(self.mmu.making(), table, level, pfn) else { return Try::Stays };
         if change.set(cell, old, leaf, gfn, level).is_err() {
             return Try::Raced;
         }

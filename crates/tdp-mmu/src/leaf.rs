@@ -4,7 +4,7 @@
 //! that are the same from one fault to the next: the slot's flags, the host's permission, the
 //! level, whether this is a write, and what kind of page it is. They make a key; while it stays the
 //! same, an entry is one OR away. No memory is shared and nothing here can go stale: the key is
-//! compared at every use, and the configuration of an MMU never changes.
+//! compared at every use, and has the one part of an MMU's configuration that may change.
 
 use mmu_core::access::Access;
 use mmu_core::addr::{Level, Pfn};
@@ -54,6 +54,8 @@ impl LeafFacts {
     const DEVICE: u32 = 1 << 25;
     /// Where the number of a memory type stands, 0 for none.
     const TYPE: u32 = 26;
+    /// The mitigation of huge pages is on.
+    const NX_HUGE: u32 = 1 << 30;
     /// No fault has these.
     const NONE: Self = Self(u32::MAX);
 
@@ -79,6 +81,12 @@ impl LeafFacts {
     #[inline(always)]
     pub(crate) fn of_kind(self, kind: PageKind) -> Self {
         if kind == PageKind::RAM { self } else { self.of_special_kind(kind) }
+    }
+
+    /// The same under the configuration that the entry will be made by.
+    #[inline(always)]
+    pub(crate) fn of_config<F: SpteFormat>(self, config: &SpteConfig<F>) -> Self {
+        Self(self.0 | (u32::from(config.nx_huge_pages()) * Self::NX_HUGE))
     }
 
     #[cold]

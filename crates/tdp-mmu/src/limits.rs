@@ -110,7 +110,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     #[cold]
     pub(crate) fn limits(&mut self, fault: &PageFault, snapshot: Snapshot) -> Result<Limits, Stop> {
         let gfn = fault.gfn();
-        let nx_huge_pages = self.mmu.config().nx_huge_pages();
+        let nx_huge_pages = self.mmu.making().nx_huge_pages();
         let work = self.actor.shared();
         if work.vm.notify().must_retry(&work.section, snapshot, GfnRange::from_len(gfn, 1)) {
             return Err(Stop::Retry);

@@ -214,8 +214,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             // Anything else is rare enough to look at from the root.
         }
         // Put together here, so that the usual fault keeps it in registers.
-        let Wish { gfn, access, prefetch, goal, leaf, mark } = fault;
-        let fault = Wish { gfn, access, prefetch, goal, leaf, mark };
+        let Wish { gfn, access, prefetch, goal, nx_wanted, leaf, mark } = fault;
+        let fault = Wish { gfn, access, prefetch, goal, nx_wanted, leaf, mark };
         let outcome = self.install_by_walk(work, recent, unlinked, root, &fault, debt);
         if mark && outcome == Ok(FaultOutcome::Fixed) {
             self.mark_write(work.slot, work.ring, work.stats, gfn);
@@ -236,6 +236,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     ) -> Result<FaultOutcome, FaultError> {
         let SharedWork { section, cache, vm, stats, .. } = work;
         let change = self.change(vm, stats, section.epoch(), root.role.space());
+        let change = Change { nx_wanted: fault.nx_wanted, ..change };
         let pool = vm.pool();
         let epoch = section.epoch();
         let (mut frame, mut level) = (root.frame, root.role.level());
@@ -250,7 +251,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 && old.is_table(level)
                 && self.keeps_table(pool, epoch, old, level)
             {
-                fault = fault.one_lower(self.config());
+                fault = fault.one_lower(self.making());
                 continue;
             }
             if level == fault.goal {
@@ -329,12 +330,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         gfn: Gfn,
         level: Level,
     ) -> Option<Pfn> {
-        let below = level.down()?;
         // top_up provided one for every level.
         let frame = cache.take()?;
-        change.pool().set_place(frame, gfn.align_down(level), below);
-        let new = self.config().table(frame, level);
-        if change.set(cell, old, new, gfn, level).is_err() {
+        if change.link(cell, old, frame, gfn, level).is_err() {
             put_back(change.pool(), cache, frame);
             return None;
         }

@@ -20,6 +20,7 @@ use mmu_core::vm::{Actor, VmCore};
 
 use crate::change::Change;
 use crate::dirty::DirtyTracking;
+use crate::nx::Nx;
 use crate::root::{RootFilter, Roots};
 use crate::unflushed::Unflushed;
 
@@ -68,6 +69,7 @@ impl core::error::Error for WrongPaging {}
 pub struct TdpMmu<F: SpteFormat, H: Host> {
     vm: Arc<VmCore<H>>,
     config: SpteConfig<F>,
+    nx: Nx<F>,
     options: TdpOptions,
     roots: Roots,
     unflushed: Unflushed,
@@ -102,7 +104,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     fn make(vm: Arc<VmCore<H>>, config: SpteConfig<F>, options: TdpOptions) -> Self {
         let give_up_cpu = vm.give_up_cpu();
         let (roots, unflushed) = (Roots::new(give_up_cpu), Unflushed::new(give_up_cpu));
-        Self { vm, config, options, roots, unflushed }
+        let nx = Nx::new(&config);
+        Self { vm, config, nx, options, roots, unflushed }
     }
 
     /// The VM.
@@ -112,7 +115,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         &self.vm
     }
 
-    /// Format and capabilities of the entries.
+    /// Format and capabilities of the entries. The mitigation of huge pages is as the MMU was made;
+    /// what is in force says [`nx_huge_pages`](Self::nx_huge_pages).
     #[inline]
     #[must_use]
     pub fn config(&self) -> &SpteConfig<F> {
@@ -142,7 +146,13 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         space: u16,
     ) -> Change<'a, F, H> {
         let tracking = self.dirty_tracking();
-        Change { config: &self.config, vm, stats, section, space, tracking }
+        let nx_wanted = Level::L1;
+        Change { config: &self.config, vm, stats, section, space, tracking, nx_wanted }
+    }
+
+    #[inline]
+    pub(crate) fn nx(&self) -> &Nx<F> {
+        &self.nx
     }
 
     #[inline]

@@ -34,6 +34,9 @@ pub(crate) struct Wish {
     pub(crate) access: Access,
     pub(crate) prefetch: bool,
     pub(crate) goal: Level,
+    /// What the goal would be if this were no fetch under the mitigation of huge pages; level 1
+    /// where that makes no difference.
+    pub(crate) nx_wanted: Level,
     pub(crate) leaf: Spte,
     /// The entry lets the guest write without telling: the log must be told now.
     pub(crate) mark: bool,
@@ -96,20 +99,21 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             return Err(Stop::BadPage { pfn: page.pfn });
         }
         let mut max = fault.max_level;
-        if access.contains(Access::EXEC) && self.mmu.config().nx_huge_pages() {
-            // Huge leaves are not executable under the mitigation (KVM row 1.20).
-            max = Level::L1;
-        }
         if let Some(limits) = limits {
             max = max.min(limits.level);
         }
+        let config = self.mmu.making();
         let goal = self.mmu.goal_level(kept, gfn, &page, max);
+        // Huge leaves are not executable under the mitigation (KVM row 1.20).
+        let nx = access.contains(Access::EXEC) && config.nx_huge_pages();
+        let (goal, nx_wanted) = if nx { (Level::L1, goal) } else { (goal, Level::L1) };
         let prefetch = fault.prefetch;
         let log = self.mmu.leaf_log(kept, gfn, write && !prefetch);
         // Here, not in the section: it depends on nothing that a section protects.
         let kind = self.actor.vm().host().kind(slot, gfn, &page);
-        let facts = LeafFacts::new(slot, page.writable, goal, log, prefetch).of_kind(kind);
-        let config = self.mmu.config();
+        let facts = LeafFacts::new(slot, page.writable, goal, log, prefetch)
+            .of_kind(kind)
+            .of_config(config);
         let leaf = match limits {
             None => self.leaf.leaf(config, facts, goal, page.pfn),
             Some(limits) => {
@@ -124,7 +128,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             self.mmu.vm().trace(|| Event::RingFull { gfn });
             return Err(Stop::RingFull);
         }
-        let wish = Wish { gfn, access, prefetch, goal, leaf, mark };
+        let wish = Wish { gfn, access, prefetch, goal, nx_wanted, leaf, mark };
         Ok(Resolved { generation, snapshot, wish })
     }
 

@@ -29,7 +29,7 @@ use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
 use crate::mmu::TdpMmu;
-use crate::zap::ZapReport;
+use crate::zap::{ZapReport, count_gone};
 
 /// Roots that may exist at once, invalid ones included. A VM has one per role; the rest is room for
 /// zap-alls that follow each other faster than their tables are given back.
@@ -360,8 +360,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
 
     fn put_root_index(&self, stats: &StatsShard, index: usize) {
         if let Some(frame) = self.roots().put(index) {
-            stats.sub(Counter::Tables, 1);
-            stats.inc(Counter::TablesUnlinked);
+            count_gone(stats);
             let mut frames = FrameList::new();
             frames.push(self.vm().host(), frame);
             // No flush: whoever held the reference has loaded another root since (row 0.2.6).
@@ -532,8 +531,8 @@ impl<F: SpteFormat, H: Host> ZapAll<'_, F, H> {
                 }
                 *index += 1;
                 self.report.tables += 1;
-                stats.sub(Counter::Tables, 1);
-                stats.inc(Counter::TablesUnlinked);
+                count_gone(stats);
+                crate::nx::forget(pool, stats, frame);
                 frames.push(pool.map(), frame);
             }
         }

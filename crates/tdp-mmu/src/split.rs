@@ -103,9 +103,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let frame = cache.take()?;
         let pool = change.pool();
         let table = pool.owned_table(frame);
-        change.fill_split(table, old, level);
-        pool.set_place(frame, gfn.align_down(level), below);
-        if change.set(cell, old, self.config().table(frame, level), gfn, level).is_err() {
+        change.fill_split(self.making(), table, old, level);
+        if change.link(cell, old, frame, gfn, level).is_err() {
             // Frames in the cache hold nothing but the non-present value.
             table.fill(Spte::EMPTY);
             put_back(pool, cache, frame);

@@ -15,7 +15,7 @@ use mmu_core::frame::PageTable;
 use mmu_core::notify::Invalidation;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
-use mmu_core::stats::Counter;
+use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
@@ -118,6 +118,12 @@ impl ZapReport {
         self.dirty += other.dirty;
         self.tables += other.tables;
     }
+}
+
+/// Statistics of a table that is gone.
+pub(crate) fn count_gone(stats: &StatsShard) {
+    stats.sub(Counter::Tables, 1);
+    stats.inc(Counter::TablesUnlinked);
 }
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {

@@ -71,17 +71,23 @@ impl PageTable {
 /// What the MMU keeps about a frame: 16 bytes.
 ///
 /// Both words belong to whoever owns the frame at the moment (the pool, a cache, the thread that is
-/// about to link it, the table's tree); the hand-overs order them.
+/// about to link it, the table's tree); the hand-overs order them. The mark of a linked table
+/// anybody may take off who found the table in a section.
 #[derive(Debug, zerocopy::FromBytes)]
 #[repr(C)]
 pub struct FrameMeta {
-    /// While linked: gfn << 8 | level. Else unspecified.
+    /// While linked: gfn << 8 | mark | level. Else unspecified.
     place: AtomicU64,
     /// While in a list: the next frame's pfn plus 1; 0 ends the list.
     next: AtomicU64,
 }
 
 static_assertions::assert_eq_size!(FrameMeta, [u8; 16]);
+
+/// The table stands where a huge page would, were it not executed.
+const MARK: u64 = 1 << 7;
+/// The level.
+const LEVEL: u64 = 0xf;
 
 impl FrameMeta {
     /// Of a frame in no list.
@@ -104,8 +110,28 @@ impl FrameMeta {
     pub fn place(&self) -> (Gfn, Level) {
         // ORDERING[frame-meta]: Relaxed. Read after following the link, whose Acquire orders it.
         let word = self.place.load(Ordering::Relaxed);
-        let level = Level::ALL.into_iter().find(|l| u64::from(l.number()) == word & 0xff);
+        let level = Level::ALL.into_iter().find(|l| u64::from(l.number()) == word & LEVEL);
         (Gfn::new(word >> 8), level.unwrap_or(Level::L1))
+    }
+
+    /// Mark a table that is about to be linked, after [`set_place`](Self::set_place), which takes
+    /// marks off.
+    fn mark(&self) {
+        // ORDERING[frame-meta]: Relaxed. As `set_place`.
+        self.place.fetch_or(MARK, Ordering::Relaxed);
+    }
+
+    /// Is the table marked?
+    #[inline]
+    fn is_marked(&self) -> bool {
+        // ORDERING[frame-meta]: Relaxed. As `place`.
+        self.place.load(Ordering::Relaxed) & MARK != 0
+    }
+
+    /// Take the mark. Was there one? Of several callers one is told so.
+    fn unmark(&self) -> bool {
+        // ORDERING[frame-meta]: Relaxed. The exchange decides who counts it; nothing is published.
+        self.is_marked() && self.place.fetch_and(!MARK, Ordering::Relaxed) & MARK != 0
     }
 
     #[inline]

@@ -160,6 +160,25 @@ impl<P: PhysMap> TablePool<P> {
         raw::meta(&self.map, frame).place()
     }
 
+    /// Mark a table whose place was set and that is about to be linked: it stands where a huge page
+    /// would, were nothing executed there (KVM row 3.30).
+    #[doc(alias = "nx_huge_page_disallowed")]
+    pub fn mark(&self, frame: Pfn) {
+        raw::meta(&self.map, frame).mark();
+    }
+
+    /// Is a linked table marked?
+    #[inline]
+    #[must_use]
+    pub fn is_marked(&self, frame: Pfn) -> bool {
+        raw::meta(&self.map, frame).is_marked()
+    }
+
+    /// Take the mark from a table. Was it marked? One caller is told so for each mark.
+    pub fn unmark(&self, frame: Pfn) -> bool {
+        raw::meta(&self.map, frame).unmark()
+    }
+
     /// Take up to `want` frames in one go, at least `min`.
     ///
     /// # Errors
