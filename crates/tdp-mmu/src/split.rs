@@ -79,7 +79,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 // To the same entry: its children may be huge, or somebody changed it.
                 return Some(here);
             }
-            visited += usize::from(!step.spte.is_table(step.level));
+            // A link at level 2 leads to nothing that this walk counts, so it counts itself.
+            let counts = step.level == Level::L2 || !step.spte.is_table(step.level);
+            visited += usize::from(counts);
             stats.max(Counter::MaxSlice, to_u64(visited));
             if visited == SLICE_ENTRIES {
                 return Some(cursor.moved_to(step.range().end));
