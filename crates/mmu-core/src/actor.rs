@@ -290,7 +290,9 @@ impl<H: Host> Actor<H> {
             let Some(log) = slots.meta(space, slot.id).and_then(SlotMeta::log) else { continue };
             let both = slot.range().intersection(range);
             let first = both.start.distance_from(slot.base_gfn);
-            for page in (first..first + both.len()).filter(|page| log.has(*page)) {
+            // Not page by page over what is not logged: a slot may have billions of those.
+            let logged = log.pages();
+            for page in first.max(logged.start)..(first + both.len()).min(logged.end) {
                 let next = slot.base_gfn.saturating_add(page);
                 mark(log, Some(ring), slot, page).map_err(|full| MarkError { next, full })?;
                 work.stats.inc(Counter::PagesMarkedDirty);

@@ -306,7 +306,7 @@ impl<H: Host> VmCore<H> {
 
     /// The same; of a slot with [`SlotFlags::LOG_DIRTY`](crate::slot::SlotFlags::LOG_DIRTY) only
     /// `pages`, counted from its first page, are logged. A log that the slot has already is
-    /// replaced when `pages` differs.
+    /// replaced when `pages` differs; its bits are carried over.
     ///
     /// # Errors
     /// As [`set_slot`](Self::set_slot); [`SlotError::LogRange`] when the slot has no such pages.
@@ -340,7 +340,11 @@ impl<H: Host> VmCore<H> {
         if change == SlotChange::Nothing {
             return Ok(change);
         }
-        let meta = self.meta_after(&change, before, logged)?;
+        let meta = self.meta_after(&change, before.clone(), logged)?;
+        let replaced = match (before.log(), meta.log()) {
+            (Some(old), Some(new)) if !Arc::ptr_eq(old, new) => Some((old, Arc::clone(new))),
+            _ => None,
+        };
         prepare(writer, 1)?;
         if let SlotChange::Delete(old) | SlotChange::Move { old, .. } = &change {
             writer.spare().apply_invalid(&change);
@@ -359,6 +363,10 @@ impl<H: Host> VmCore<H> {
         let generation = writer.live().next_generation();
         writer.spare().set_generation(generation);
         self.publish(writer, actor);
+        if let Some((old, new)) = replaced {
+            // Every section that could mark the old one is over.
+            new.inherit(old);
+        }
         self.trace(|| Event::Slots { change, generation });
         Ok(change)
     }

@@ -19,7 +19,6 @@ use core::fmt;
 
 use mmu_core::addr::{Gfn, GfnRange, to_u64};
 use mmu_core::dirty::{DirtyRing, WORD_PAGES};
-use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::slot::{DirtyLog, Memslot};
 use mmu_core::spte::{AdType, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
@@ -221,6 +220,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if let Some(log) = kept.log_of(gfn) {
             stats.inc(Counter::PagesMarkedDirty);
             let slot = kept.slot();
+            // INVARIANT[I9]: the entry is writable by now.
             let marked = mark(log, ring, slot, gfn.distance_from(slot.base_gfn));
             debug_assert!(marked.is_ok(), "room was asked for before the entry was changed");
             if ring.is_some() && marked.is_ok() {
@@ -233,22 +233,33 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// 3.39). When this returns every write to a logged page is logged.
     /// [`set_slot`](Self::set_slot) calls it; a VM with several MMUs calls it on each.
     pub fn log_enabled(&self, actor: &mut Actor<H>, as_id: u16, id: u16) {
+        self.begin_log(actor, as_id, id, DirtyTracking::WriteProtect);
+    }
+
+    /// The slot was logged already, and other pages of it are from now on. As
+    /// [`log_enabled`](Self::log_enabled), except that D bits that nobody has reported are kept.
+    pub fn log_resized(&self, actor: &mut Actor<H>, as_id: u16, id: u16) {
+        self.begin_log(actor, as_id, id, self.dirty_tracking());
+    }
+
+    /// `was`: what has recorded writes until now.
+    fn begin_log(&self, actor: &mut Actor<H>, as_id: u16, id: u16, was: DirtyTracking) {
         let Ok(target) = self.logged(actor, as_id, id) else { return };
         let range = target.range();
+        let mut pass = Rearm::new(self, as_id);
         if !target.log.starts_set() && !target.slot.is_read_only() {
             if self.options().eager_split {
                 // Best effort: what is not split now is split by its first write.
                 let _ = self.split(actor, as_id, range);
             }
-            let mut pass = Rearm::new(self, as_id);
-            pass.protect(actor, range);
-            let _ = pass.finish(actor);
+            match was {
+                DirtyTracking::DirtyBit => pass.collect(actor, range, (&target.slot, &target.log)),
+                _ => pass.protect(actor, range),
+            }
         }
         // Always, whatever the pass found: an earlier pass may not have flushed yet.
-        let mut debt = FlushDebt::new();
-        actor.stats().inc(Counter::FlushOwed);
-        debt.owe(range);
-        actor.pay(debt, FlushScope::Ranges);
+        pass.owe(actor, range);
+        let _ = pass.finish(actor);
     }
 
     /// Logging of `slot` was switched off: huge pages come back, if
@@ -291,7 +302,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 
     /// Read the bits of a slot and leave them (the first half of manual protection, KVM row 3.44).
-    /// [`clear_log`](Self::clear_log) clears them before the pages are read.
+    /// [`clear_log`](Self::clear_log) clears them before the pages are read. Serialise both with
+    /// changes of the slot.
     ///
     /// # Errors
     /// [`LogError`]; nothing changed.
@@ -410,6 +422,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             let word = first + to_u64(offset);
             let mut run = Run::new(target.slot.base_gfn.saturating_add(word * WORD_PAGES));
             for (at, (out, bits)) in chunk.iter_mut().zip(&mut run.bits).enumerate() {
+                // INVARIANT[I9]: first the bit, then the entry, and the flush before it is out.
                 *out = target.log.take(word + to_u64(at), mask(offset + at));
                 *bits = *out;
             }

@@ -212,7 +212,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// What a change of a slot's flags asks of the tables.
     fn log_changed(&self, actor: &mut Actor<H>, change: &SlotChange) {
         if let SlotChange::Flags { old, new } = change {
-            if new.logs_dirty() {
+            if new.logs_dirty() && old.logs_dirty() {
+                self.log_resized(actor, new.as_id, new.id);
+            } else if new.logs_dirty() {
                 self.log_enabled(actor, new.as_id, new.id);
             } else if old.logs_dirty() {
                 self.log_disabled(actor, new);

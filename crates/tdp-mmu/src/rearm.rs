@@ -106,6 +106,12 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         Self { mmu, space, debt: FlushDebt::new(), report: Harvest::default() }
     }
 
+    /// Owe the flush of `range`, whatever is found there.
+    pub(crate) fn owe(&mut self, actor: &Actor<H>, range: GfnRange) {
+        actor.stats().inc(Counter::FlushOwed);
+        self.debt.owe(range);
+    }
+
     /// Flush: what was taken may be handed out.
     pub(crate) fn finish(self, actor: &mut Actor<H>) -> Harvest {
         actor.pay(self.debt, FlushScope::Ranges);
@@ -117,8 +123,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         let hull = run.hull();
         // Owed for every page taken, also where the entry is protected already: another pass may
         // have protected it and not flushed yet.
-        actor.stats().inc(Counter::FlushOwed);
-        self.debt.owe(hull);
+        self.owe(actor, hull);
         for index in 0..self.mmu.roots().reach() {
             let mut next = Some(hull.start);
             while let Some(from) = next {

@@ -19,8 +19,8 @@ pub struct LogOptions {
     #[doc(alias = "KVM_CAP_DIRTY_LOG_RING")]
     pub ring: Option<RingSize>,
     /// A bitmap starts with every bit set, and enabling protects nothing: pages are protected as
-    /// their bits are cleared for the first time (KVM row 3.46). Needs the bitmap; a VM without
-    /// bitmaps starts with everything protected.
+    /// their bits are cleared for the first time (KVM row 3.46). In a VM with rings the bits are
+    /// set and everything is protected all the same: a ring does not tell of all pages at once.
     #[doc(alias = "KVM_DIRTY_LOG_INITIALLY_SET")]
     pub initially_set: bool,
 }
@@ -54,9 +54,9 @@ impl DirtyLog {
     pub fn new(pages: Range<u64>, options: &LogOptions) -> Result<Self, NoMemory> {
         let first = pages.start / WORD_PAGES * WORD_PAGES;
         let count = pages.end.saturating_sub(first);
-        let starts_set = options.bitmap && options.initially_set;
+        let starts_set = options.bitmap && options.initially_set && options.ring.is_none();
         let bitmap = if options.bitmap { Some(DirtyBitmap::new(count)?) } else { None };
-        if let Some(bits) = bitmap.as_ref().filter(|_| starts_set) {
+        if let Some(bits) = bitmap.as_ref().filter(|_| options.initially_set) {
             let _ = bits.set_range(pages.start - first..count);
         }
         Ok(Self { pages, first, bitmap, starts_set })
@@ -154,6 +154,14 @@ impl DirtyLog {
     #[must_use = "the bits are nowhere else now"]
     pub fn take(&self, word: u64, mask: u64) -> u64 {
         self.at(word).map_or(0, |(bits, at)| bits.take_bits(at, mask) & self.window(word))
+    }
+
+    /// Take over the bits of a log that this one replaces. When nobody marks that one any more.
+    pub fn inherit(&self, old: &Self) {
+        old.settle();
+        for word in old.pages.start / WORD_PAGES..old.pages.end.div_ceil(WORD_PAGES) {
+            self.set_mask(word * WORD_PAGES, old.peek(word));
+        }
     }
 
     /// Look at a word of the slot.
