@@ -22,7 +22,7 @@ use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
 use mmu_core::flush::{FlushBatch, FlushScope};
 use mmu_core::frame::{Arena, FrameMeta, PageTable, PhysMap, raw};
 use mmu_core::slot::{
-    Memslot, SlotChange, SlotError, SlotFlags, SlotLimits, SlotRequest, SlotWriter,
+    LogOptions, Memslot, SlotChange, SlotError, SlotFlags, SlotLimits, SlotRequest, SlotWriter,
 };
 use mmu_core::spte::{Capabilities, Ept, Legacy, Npt, Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
@@ -92,6 +92,10 @@ pub struct TestHost {
     /// Called by every wait for a flush, before the flush is done.
     before_flush: RwLock<Option<Arc<Hook>>>,
     delay_us: AtomicU64,
+    /// Flushes are asked for and never done.
+    forgets: AtomicBool,
+    /// Called to have hardware logs handed over.
+    on_sync: RwLock<Option<Arc<dyn Fn() + Send + Sync>>>,
     /// Frames handed out and not back.
     outstanding: Arc<AtomicI64>,
     /// Calls of `provide`, and the numbers (from 1) of those that fail.
@@ -124,6 +128,8 @@ impl TestHost {
             cores: RwLock::default(),
             before_flush: RwLock::default(),
             delay_us: AtomicU64::new(0),
+            forgets: AtomicBool::new(false),
+            on_sync: RwLock::default(),
             outstanding: Arc::default(),
             provides: AtomicU64::new(0),
             fail_from: AtomicU64::new(u64::MAX),
@@ -167,6 +173,16 @@ impl TestHost {
     pub fn on_table(&self, hook: Option<Arc<TableHook>>) {
         self.watched.store(hook.is_some(), Ordering::Release);
         *self.on_table.write().unwrap() = hook;
+    }
+
+    /// Throw flushes away from now on.
+    pub fn forget_flushes(&self) {
+        self.forgets.store(true, Ordering::Relaxed);
+    }
+
+    /// Call `hook` when the MMU wants what processors have logged.
+    pub fn on_sync(&self, hook: Arc<dyn Fn() + Send + Sync>) {
+        *self.on_sync.write().unwrap() = Some(hook);
     }
 
     pub fn delay_flushes(&self, delay: Duration) {
@@ -273,6 +289,9 @@ impl TlbFlush for TestHost {
             0 => {}
             micros => std::thread::sleep(Duration::from_micros(micros)),
         }
+        if self.forgets.load(Ordering::Relaxed) {
+            return;
+        }
         let tables: Vec<u64> = batch.tables.iter().map(|frame| frame.get() << 12).collect();
         for core in self.cores.read().unwrap().iter() {
             let mut core = core.lock().unwrap();
@@ -284,6 +303,13 @@ impl TlbFlush for TestHost {
                 core.cpu.flush_pages(range.start.get()..range.end.get());
             }
             core.cpu.flush_tables(&tables);
+        }
+    }
+
+    fn sync_hardware_log(&self) {
+        let hook = self.on_sync.read().unwrap().clone();
+        if let Some(hook) = hook {
+            hook();
         }
     }
 }
@@ -409,11 +435,13 @@ pub struct Shape {
     pub spaces: u16,
     pub participants: usize,
     pub options: TdpOptions,
+    pub log: LogOptions,
 }
 
 impl Shape {
     pub fn new(caps: Capabilities) -> Self {
-        Self { caps, frames: 512, spaces: 1, participants: 8, options: TdpOptions::default() }
+        let (options, log) = (TdpOptions::default(), LogOptions::default());
+        Self { caps, frames: 512, spaces: 1, participants: 8, options, log }
     }
 }
 
@@ -483,8 +511,10 @@ impl<F: Modelled> Guest<F> {
         let host = TestHost::new(shape.frames);
         let outstanding = Arc::clone(&host.outstanding);
         let limits = SlotLimits::new(shape.spaces, config.max_gfn_exclusive());
+        let give_up_cpu = std::thread::yield_now;
         let (vm, slots) =
-            VmCore::new(host, shape.participants, limits, std::thread::yield_now).expect("a VM");
+            VmCore::with_log(host, shape.participants, limits, give_up_cpu, shape.log)
+                .expect("a VM");
         let mmu = TdpMmu::new(vm, config, shape.options);
         let actor = mmu.vm().actor().expect("room");
         let vcpu = TdpVcpu::new(&mmu, 0).expect("room");
@@ -515,6 +545,16 @@ impl<F: Modelled> Guest<F> {
 
     pub fn set_slot(&mut self, request: &SlotRequest) -> Result<SlotChange, SlotError> {
         self.mmu.set_slot(&mut self.slots.lock().unwrap(), &mut self.actor, request)
+    }
+
+    /// Change a slot and what of it is logged.
+    pub fn set_slot_logging(
+        &mut self,
+        request: &SlotRequest,
+        pages: std::ops::Range<u64>,
+    ) -> Result<SlotChange, SlotError> {
+        let mut writer = self.slots.lock().unwrap();
+        self.mmu.set_slot_logging(&mut writer, &mut self.actor, request, pages)
     }
 
     #[track_caller]
