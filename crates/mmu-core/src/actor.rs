@@ -183,7 +183,6 @@ impl<H: Host> Actor<H> {
     pub fn shared(&mut self) -> SharedWork<'_, H> {
         let Self { vm, participant, cache, slot } = self;
         let stats = vm.stats().shard(participant.index());
-        let ring = vm.rings().get(participant.index());
         let section = if H::ENABLED {
             let index = participant.index();
             let after = |start| vm.took(index, Wait::Shared, start);
@@ -191,7 +190,7 @@ impl<H: Host> Actor<H> {
         } else {
             vm.lock().shared(participant)
         };
-        SharedWork { section, cache, vm, stats, slot: slot.as_ref(), ring }
+        SharedWork { section, cache, vm, stats, slot: slot.as_ref() }
     }
 
     /// Pin the epoch only: for lookups, aging and fast faults, which take no lock.
@@ -199,8 +198,7 @@ impl<H: Host> Actor<H> {
     pub fn pinned(&mut self) -> PinnedWork<'_, H> {
         let Self { vm, participant, slot, .. } = self;
         let stats = vm.stats().shard(participant.index());
-        let ring = vm.rings().get(participant.index());
-        PinnedWork { section: participant.pin(), vm, stats, slot: slot.as_ref(), ring }
+        PinnedWork { section: participant.pin(), vm, stats, slot: slot.as_ref() }
     }
 
     /// Take a frame that [`top_up`](Self::top_up) provided.
@@ -280,7 +278,7 @@ impl<H: Host> Actor<H> {
     pub fn mark_dirty(&mut self, space: u16, range: GfnRange) -> Result<u64, MarkError> {
         let work = self.pinned();
         let slots = work.vm.slots().read(&work.section);
-        let Some(ring) = work.ring else {
+        let Some(ring) = work.vm.ring_of(&work.section) else {
             let marked = slots.mark_dirty(space, range);
             work.stats.add(Counter::PagesMarkedDirty, marked);
             return Ok(marked);
@@ -328,8 +326,6 @@ pub struct SharedWork<'a, H: Host> {
     pub stats: &'a StatsShard,
     /// The slot of the last [`Actor::keep_slot`].
     pub slot: Option<&'a SlotCopy>,
-    /// The thread's dirty ring.
-    pub ring: Option<&'a DirtyRing>,
 }
 
 /// An open epoch section and its tools.
@@ -343,8 +339,6 @@ pub struct PinnedWork<'a, H: Host> {
     pub stats: &'a StatsShard,
     /// The slot of the last [`Actor::keep_slot`].
     pub slot: Option<&'a SlotCopy>,
-    /// The thread's dirty ring.
-    pub ring: Option<&'a DirtyRing>,
 }
 
 impl<H: Host> Drop for Actor<H> {

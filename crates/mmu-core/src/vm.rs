@@ -12,7 +12,7 @@ use core::ops::Range;
 pub use crate::actor::{Actor, FoundSlot, MarkError, PinnedWork, SharedWork, SlotCopy, mark};
 use crate::dead::{Dead, DeadReason};
 use crate::dirty::DirtyRing;
-use crate::epoch::{EpochDomain, EpochError, GiveUpCpu, Participant};
+use crate::epoch::{EpochDomain, EpochError, EpochGuard, GiveUpCpu, Participant};
 use crate::flush::{FlushDebt, FlushScope};
 use crate::frame::TablePool;
 use crate::latency::{Latencies, Wait};
@@ -222,6 +222,13 @@ impl<H: Host> VmCore<H> {
     #[must_use]
     pub fn rings(&self) -> &[DirtyRing] {
         &self.rings
+    }
+
+    /// The dirty ring of the thread that has `section` open.
+    #[inline]
+    #[must_use]
+    pub fn ring_of(&self, section: &EpochGuard<'_>) -> Option<&DirtyRing> {
+        self.rings.get(section.participant().index())
     }
 
     /// Statistics, summed over all threads.

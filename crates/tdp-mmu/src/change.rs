@@ -141,6 +141,26 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         done
     }
 
+    /// Change bits of a leaf that stays a leaf; as [`set`](Self::set), without statistics to keep.
+    #[inline(always)]
+    pub(crate) fn adjust(
+        &self,
+        cell: &SpteCell,
+        old: Spte,
+        new: Spte,
+        gfn: Gfn,
+        level: Level,
+    ) -> Result<(), Spte> {
+        debug_assert!(old.is_leaf(level) && new.is_leaf(level), "{old:?} to {new:?}");
+        self.prove(old, new, level);
+        let done = cell.try_change(old, new);
+        match done {
+            Ok(()) => self.changed(gfn, level, old, new),
+            Err(_) => self.stats.inc(Counter::CasLost),
+        }
+        done
+    }
+
     /// Clear the accessed bit, or access-track. One attempt: a lost one means that the entry is in
     /// use or going away, and counts as young (KVM rows 5.4, 5.5).
     #[inline]

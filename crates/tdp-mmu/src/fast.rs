@@ -7,7 +7,7 @@ use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::Level;
 use mmu_core::dead::DeadReason;
 use mmu_core::dirty::DirtyRing;
-use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
+use mmu_core::fault::{FaultError, PageFault};
 use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
@@ -23,12 +23,14 @@ use crate::root::RootRef;
 /// Compare-exchanges tried before the slow path takes over.
 const MAX_TRIES: u32 = 4;
 
-/// What the fast path made of a fault.
+/// What the fast path made of a fault. The first two are counted.
 pub(crate) enum FastPath {
-    /// Done.
-    Outcome(FaultOutcome),
+    Fixed,
+    Spurious,
     /// Not its business, or races lost: go the slow way.
     Slow,
+    /// Hardware met a reserved bit: see [`TdpMmu::reserved_fault`].
+    Reserved,
 }
 
 /// Could the fast path fix it? Not-present faults are worth a look only where entries are
@@ -60,21 +62,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         recent: &mut Recent,
         root: &RootRef,
         fault: &PageFault,
-    ) -> Result<FastPath, FaultError> {
-        if fault.code.contains(PfErrorCode::RESERVED) {
-            return self.reserved_fault(actor, root, fault);
-        }
-        Ok(self.try_fast(actor, recent, root, fault))
-    }
-
-    #[inline(always)]
-    fn try_fast(
-        &self,
-        actor: &mut Actor<H>,
-        recent: &mut Recent,
-        root: &RootRef,
-        fault: &PageFault,
     ) -> FastPath {
+        if fault.code.contains(PfErrorCode::RESERVED) {
+            return FastPath::Reserved;
+        }
         let space = root.role.space();
         // Before the section: the copy is validated inside by its generation.
         if !actor.keep_slot(space, fault.gfn()) {
@@ -94,6 +85,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return FastPath::Slow;
         }
         let change = self.change(work.vm, work.stats, &work.section, space);
+        let access = fault.access();
         for _ in 0..MAX_TRIES {
             let pool = work.vm.pool();
             let step = self.last_step(pool, &work.section, recent, root, fault.gfn());
@@ -101,72 +93,84 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             if !old.is_leaf(step.level) {
                 return FastPath::Slow;
             }
-            if config.permits(old, fault.access()) {
-                return FastPath::Outcome(FaultOutcome::Spurious);
+            if config.permits(old, access) {
+                work.stats.inc(Counter::PfTaken);
+                work.stats.inc(Counter::PfSpurious);
+                return FastPath::Spurious;
             }
-            let new = fixed(config, old, fault.access());
+            let new = fixed(config, old, access);
             let gains_write = config.is_writable(new) && !config.is_writable(old);
             // A huge leaf that is written while its slot is logged is split, which takes a frame.
             let huge = step.level > Level::L1
                 && flags.intersects(SlotFlags::READ_ONLY | SlotFlags::LOG_DIRTY);
-            if (gains_write && huge) || !config.permits(new, fault.access()) {
+            if (gains_write && huge) || !config.permits(new, access) {
                 return FastPath::Slow;
             }
             let mark = gains_write && self.must_mark(kept, fault.gfn());
-            if mark && work.ring.is_some_and(DirtyRing::is_full) {
+            if mark && work.vm.ring_of(&work.section).is_some_and(DirtyRing::is_full) {
                 return FastPath::Slow;
             }
-            if change.set(step.cell, old, new, step.gfn, step.level).is_ok() {
+            if change.adjust(step.cell, old, new, step.gfn, step.level).is_ok() {
                 // After the exchange: a harvest that misses the mark has not looked at the entry.
                 if mark {
-                    self.mark_write(Some(kept), work.ring, work.stats, fault.gfn());
+                    let ring = work.vm.ring_of(&work.section);
+                    self.mark_write(Some(kept), ring, work.stats, fault.gfn());
                 }
+                work.stats.inc(Counter::PfTaken);
+                work.stats.inc(Counter::PfFixed);
                 work.stats.inc(Counter::PfFast);
                 change.trace(|| Event::FastFault { gfn: fault.gfn(), new });
-                return FastPath::Outcome(FaultOutcome::Fixed);
+                return FastPath::Fixed;
             }
         }
         FastPath::Slow
     }
 
     /// A reserved bit in one of our entries is no race: say which entry of the path, and let
-    /// nobody go on in such a VM (KVM rows 1.33, 0.1.8).
+    /// nobody go on in such a VM (KVM rows 1.33, 0.1.8). `Ok`: an MMIO entry, or the entry changed
+    /// since; go the slow way.
     #[cold]
-    fn reserved_fault(
+    pub(crate) fn reserved_fault(
         &self,
         actor: &mut Actor<H>,
         root: &RootRef,
         fault: &PageFault,
-    ) -> Result<FastPath, FaultError> {
+    ) -> Result<(), FaultError> {
         let work = actor.pinned();
         // A root that became invalid since may be taken apart by now.
         if !self.roots().is_valid(root) {
-            return Ok(FastPath::Slow);
+            return Ok(());
         }
         match self.first_bad(work.vm.pool(), &work.section, root, fault.gfn()) {
             Some((level, spte)) => {
                 work.vm.mark_dead(DeadReason::CorruptEntry);
                 Err(FaultError::ReservedBit { gpa: fault.gpa, level, spte: spte.raw() })
             }
-            // An MMIO entry, or the entry changed since.
-            None => Ok(FastPath::Slow),
+            None => Ok(()),
         }
     }
 }
 
 /// The entry with access tracking undone and, for a write, W given back if that is allowed.
-#[inline]
+#[inline(always)]
 fn fixed<F: SpteFormat>(config: &SpteConfig<F>, old: Spte, access: Access) -> Spte {
-    let mut new = old;
-    if config.is_access_tracked(new) {
-        new = config.restore(new);
+    if config.is_ad_disabled(old) {
+        return fixed_without_ad(config, old, access);
     }
+    let grant = access.contains(Access::WRITE) && config.is_mmu_writable(old);
+    if grant { config.writable_again(old) } else { old }
+}
+
+/// The same for an entry whose A and D no CPU sets.
+#[inline(always)]
+fn fixed_without_ad<F: SpteFormat>(config: &SpteConfig<F>, old: Spte, access: Access) -> Spte {
+    let mut new = config.restore(old);
     if access.contains(Access::WRITE) && config.is_mmu_writable(new) {
         new = config.writable_again(new);
-        // Where no CPU sets D, this fault is the only one to know of the write: aging may take W
-        // away again before anybody else looks (INVARIANT[I8]).
+        // This fault is the only one to know of the write: aging may take W away again before
+        // anybody else looks (INVARIANT[I8]).
         #[cfg(not(busted = "grant_write_unrecorded"))]
-        if config.is_ad_disabled(new) && config.is_writable(new) {
+        if config.is_writable(new) {
             new = new.with(F::DIRTY);
         }
     }

@@ -15,11 +15,12 @@ use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::cache::FRAMES_PER_FAULT;
 use mmu_core::frame::{MmuCache, TablePool};
+use mmu_core::lock::Shared;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::traits::Host;
-use mmu_core::vm::SharedWork;
+use mmu_core::vm::{SharedWork, VmCore};
 
 use crate::change::Change;
 use crate::fast::FastPath;
@@ -35,6 +36,14 @@ const MAX_LOST: u32 = 8;
 
 /// Times that [`TdpVcpu::prefault`] tries a page again while it is being taken away.
 pub const PREFAULT_RETRIES: u32 = 64;
+
+/// What a walk that installs works with.
+struct Tools<'a, H: Host> {
+    section: &'a Shared<'a>,
+    cache: &'a mut MmuCache,
+    vm: &'a VmCore<H>,
+    stats: &'a StatsShard,
+}
 
 /// How far a prefault came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,9 +141,18 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             return Ok(FaultOutcome::Retry);
         }
         if self.mmu.may_be_fast(fault) {
-            match self.mmu.fast_fault(&mut self.actor, &mut self.recent, root, fault)? {
-                FastPath::Outcome(outcome) => return Ok(outcome),
+            // Fixed and spurious faults are counted where they are found.
+            match self.mmu.fast_fault(&mut self.actor, &mut self.recent, root, fault) {
+                FastPath::Fixed => {
+                    *counted = true;
+                    return Ok(FaultOutcome::Fixed);
+                }
+                FastPath::Spurious => {
+                    *counted = true;
+                    return Ok(FaultOutcome::Spurious);
+                }
                 FastPath::Slow => {}
+                FastPath::Reserved => self.mmu.reserved_fault(&mut self.actor, root, fault)?,
             }
         }
         if let Some(reason) = self.actor.vm().is_dead() {
@@ -149,7 +167,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         // Only a leaf that takes a table's place owes a flush.
         let mut debt = None;
         let outcome = {
-            let work = &mut self.actor.shared();
+            let work = self.actor.shared();
             self.mmu.install(work, &mut self.recent, root, resolved, &mut debt, counted)
         };
         if let Some(debt) = debt {
@@ -165,7 +183,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[inline(always)]
     fn install(
         &self,
-        work: &mut SharedWork<'_, H>,
+        work: SharedWork<'_, H>,
         recent: &mut Recent,
         root: &RootRef,
         resolved: Resolved,
@@ -173,20 +191,21 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         counted: &mut bool,
     ) -> Result<FaultOutcome, FaultError> {
         let Resolved { generation, snapshot, wish: fault } = resolved;
-        let SharedWork { section, vm, stats, .. } = &*work;
+        // Taken apart, so that only the section is in memory and not all that comes with it.
+        let SharedWork { section, cache, vm, stats, slot } = work;
         // The authoritative checks: what invalidates from here on waits for this section.
         #[cfg(not(busted = "skip_root_recheck"))]
         if !self.roots().is_valid(root) {
             return Ok(FaultOutcome::Retry);
         }
         if vm.slots().generation() != generation
-            || vm.notify().must_retry(section, snapshot, fault.pages())
+            || vm.notify().must_retry(&section, snapshot, fault.pages())
         {
             return Ok(FaultOutcome::Retry);
         }
         let unlinked = vm.pool().unlinked();
-        let near = recent.table(fault.gfn, unlinked);
-        if let Some((frame, level)) = near.filter(|(_, level)| *level == fault.goal) {
+        let level = fault.goal;
+        if let Some(frame) = recent.table_at(fault.gfn, level, unlinked) {
             let change = self.change(vm, stats, section.epoch(), root.role.space());
             let table = vm.pool().table(section.epoch(), frame);
             let cell = table.cell(fault.gfn, level);
@@ -204,7 +223,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 && change.map(cell, old, fault.leaf, fault.gfn, level)
             {
                 if fault.mark {
-                    self.mark_write(work.slot, work.ring, work.stats, fault.gfn);
+                    self.mark_write(slot, vm.ring_of(section.epoch()), stats, fault.gfn);
                 }
                 *counted = true;
                 stats.inc(Counter::PfTaken);
@@ -216,9 +235,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         // Put together here, so that the usual fault keeps it in registers.
         let Wish { gfn, access, prefetch, goal, nx_wanted, leaf, mark } = fault;
         let fault = Wish { gfn, access, prefetch, goal, nx_wanted, leaf, mark };
-        let outcome = self.install_by_walk(work, recent, unlinked, root, &fault, debt);
+        let tools = Tools { section: &section, cache, vm, stats };
+        let outcome = self.install_by_walk(tools, recent, unlinked, root, &fault, debt);
         if mark && outcome == Ok(FaultOutcome::Fixed) {
-            self.mark_write(work.slot, work.ring, work.stats, gfn);
+            self.mark_write(slot, vm.ring_of(section.epoch()), stats, gfn);
         }
         outcome
     }
@@ -227,14 +247,14 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[inline(never)]
     fn install_by_walk(
         &self,
-        work: &mut SharedWork<'_, H>,
+        tools: Tools<'_, H>,
         recent: &mut Recent,
         unlinked: u64,
         root: &RootRef,
         fault: &Wish,
         debt: &mut Option<FlushDebt>,
     ) -> Result<FaultOutcome, FaultError> {
-        let SharedWork { section, cache, vm, stats, .. } = work;
+        let Tools { section, cache, vm, stats } = tools;
         let change = self.change(vm, stats, section.epoch(), root.role.space());
         let change = Change { nx_wanted: fault.nx_wanted, ..change };
         let pool = vm.pool();

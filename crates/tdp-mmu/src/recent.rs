@@ -37,12 +37,18 @@ impl Recent {
     /// The table that has the entry for `gfn`, or leads to it. `unlinked` was read in this section.
     #[inline(always)]
     pub(crate) fn table(&self, gfn: Gfn, unlinked: u64) -> Option<(Pfn, Level)> {
-        let same = self.base == base(gfn, self.level);
+        self.table_at(gfn, self.level, unlinked).map(|frame| (frame, self.level))
+    }
+
+    /// The same, if it is a table of `level`.
+    #[inline(always)]
+    pub(crate) fn table_at(&self, gfn: Gfn, level: Level, unlinked: u64) -> Option<Pfn> {
+        let same = self.base == base(gfn, level) && self.level == level;
         #[cfg(not(busted = "trust_recent_table"))]
         let same = same && self.unlinked == unlinked;
         #[cfg(busted = "trust_recent_table")]
         let _ = (self.unlinked, unlinked);
-        same.then_some((self.frame, self.level))
+        same.then_some(self.frame)
     }
 
     /// A walk ended in the table in `frame`. `unlinked` was read in this section, before the walk.

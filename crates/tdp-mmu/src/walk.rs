@@ -36,15 +36,31 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         gfn: Gfn,
     ) -> Step<'g> {
         let unlinked = pool.unlinked();
-        let near = recent.table(gfn, unlinked);
-        let (mut frame, mut level) = near.unwrap_or((root.frame, root.role.level()));
+        if let Some((frame, level)) = recent.table(gfn, unlinked) {
+            let cell = pool.table(section, frame).cell(gfn, level);
+            let spte = cell.load();
+            if !spte.is_table(level) {
+                return Step { cell, spte, gfn: gfn.align_down(level), level };
+            }
+        }
+        self.last_step_by_walk(pool, section, (recent, unlinked), root, gfn)
+    }
+
+    #[inline(never)]
+    fn last_step_by_walk<'g>(
+        &self,
+        pool: &'g TablePool<H>,
+        section: &'g EpochGuard<'_>,
+        (recent, unlinked): (&mut Recent, u64),
+        root: &RootRef,
+        gfn: Gfn,
+    ) -> Step<'g> {
+        let (mut frame, mut level) = (root.frame, root.role.level());
         loop {
             let cell = pool.table(section, frame).cell(gfn, level);
             let spte = cell.load();
             if !spte.is_table(level) {
-                if near != Some((frame, level)) {
-                    recent.note(gfn, (frame, level), unlinked);
-                }
+                recent.note(gfn, (frame, level), unlinked);
                 return Step { cell, spte, gfn: gfn.align_down(level), level };
             }
             frame = self.config().pfn(spte);
@@ -80,13 +96,22 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         };
         let mut level = root.role.level();
         let mut table = work.vm.pool().table(&work.section, root.frame);
+        // What links are made of, apart from the frame.
+        let link = self.config().table(Pfn::new(0), Level::L2);
         loop {
             let spte = table.cell(gfn, level).load();
             walk.push((level, spte));
-            let follow = spte.is_table(level) && !self.is_bad(spte, level);
-            let Some(below) = level.down().filter(|_| follow) else { return walk };
-            table = work.vm.pool().table(&work.section, self.config().pfn(spte));
-            level = below;
+            if !spte.is_table(level) {
+                return walk;
+            }
+            let frame = self.config().pfn(spte);
+            let usual = spte.with(link.raw() & F::ACCESSED) == link.with(frame.address().get())
+                && frame < self.config().max_pfn_exclusive();
+            if !usual && self.is_bad(spte, level) {
+                return walk;
+            }
+            table = work.vm.pool().table(&work.section, frame);
+            level = level.below();
         }
     }
 }
