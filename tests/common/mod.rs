@@ -507,6 +507,14 @@ impl<F: Modelled> Guest<F> {
     }
 
     pub fn without_root(shape: Shape) -> Self {
+        Self::on(shape, TdpMmu::new)
+    }
+
+    /// The same on an MMU that `make` makes.
+    pub fn on<M>(shape: Shape, make: M) -> Self
+    where
+        M: FnOnce(Arc<VmCore<TestHost>>, SpteConfig<F>, TdpOptions) -> Arc<TdpMmu<F, TestHost>>,
+    {
         let config = SpteConfig::<F>::new(shape.caps).expect("capabilities");
         let host = TestHost::new(shape.frames);
         let outstanding = Arc::clone(&host.outstanding);
@@ -515,7 +523,7 @@ impl<F: Modelled> Guest<F> {
         let (vm, slots) =
             VmCore::with_log(host, shape.participants, limits, give_up_cpu, shape.log)
                 .expect("a VM");
-        let mmu = TdpMmu::new(vm, config, shape.options);
+        let mmu = make(vm, config, shape.options);
         let actor = mmu.vm().actor().expect("room");
         let vcpu = TdpVcpu::new(&mmu, 0).expect("room");
         let format = F::model(&shape.caps);

@@ -18,12 +18,15 @@ pub enum DeadReason {
     /// An entry was changed into one that it may not become (found with feature `prove`; debug
     /// builds panic).
     IllegalChange,
+    /// A page was taken away, and an external table kept it.
+    ExternalTable,
     /// The embedder found that it cannot go on.
     Embedder,
 }
 
 impl DeadReason {
-    const ALL: [Self; 3] = [Self::CorruptEntry, Self::IllegalChange, Self::Embedder];
+    const ALL: [Self; 4] =
+        [Self::CorruptEntry, Self::IllegalChange, Self::Embedder, Self::ExternalTable];
 
     /// Not 0, which is "alive".
     const fn code(self) -> u64 {
@@ -31,6 +34,7 @@ impl DeadReason {
             Self::CorruptEntry => 1,
             Self::IllegalChange => 2,
             Self::Embedder => 3,
+            Self::ExternalTable => 4,
         }
     }
 }
@@ -40,6 +44,7 @@ impl fmt::Display for DeadReason {
         f.write_str(match self {
             Self::CorruptEntry => "an entry in its tables is not one of ours",
             Self::IllegalChange => "an entry was changed into one that it may not become",
+            Self::ExternalTable => "an external table kept a page that was taken away",
             Self::Embedder => "the embedder gave it up",
         })
     }

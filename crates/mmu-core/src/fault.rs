@@ -225,6 +225,15 @@ pub enum FaultError {
         /// Was the access to private memory?
         private: bool,
     },
+    /// The external table refused what the fault asked of it (KVM row 3.10).
+    External {
+        /// First guest frame of the entry.
+        gfn: Gfn,
+        /// Level of the entry: above level 1 a table was to be linked.
+        level: Level,
+        /// What the external table said.
+        code: u64,
+    },
     /// The vCPU has no root loaded.
     NoRoot,
     /// A reserved bit was set in an entry of ours, or the entry is none: the tables are corrupt or
@@ -270,6 +279,9 @@ impl fmt::Display for FaultError {
                 let (accessed, marked) =
                     if *private { ("private", "shared") } else { ("shared", "private") };
                 write!(f, "{size} bytes from {gpa} accessed as {accessed} are marked {marked}")
+            }
+            Self::External { gfn, level, code } => {
+                write!(f, "the external table refused the {level} entry for {gfn}: {code:#x}")
             }
             Self::NoRoot => f.write_str("the vCPU has no root loaded"),
             Self::ReservedBit { gpa, level, spte } => {

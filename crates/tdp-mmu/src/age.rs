@@ -40,7 +40,7 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         let mut debt = FlushDebt::new();
         let mut range = request.range;
         let mut first = true;
-        for index in 0..self.roots().reach() {
+        for index in self.changeable_roots() {
             // The budget bounds the first root; the others catch up with it.
             let budget = if first { request.budget } else { u64::MAX };
             let job = Job { range, mode: request.mode, budget };

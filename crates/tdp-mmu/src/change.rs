@@ -161,6 +161,32 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         done
     }
 
+    /// Take the entry `old` of a mirror for ourselves: until we [`release`](Self::release) it, it
+    /// is FROZEN and nobody else changes it (KVM row 3.10).
+    ///
+    /// # Errors
+    /// What the entry holds instead; nothing was written.
+    pub(crate) fn claim(&self, cell: &SpteCell, old: Spte) -> Result<(), Spte> {
+        // INVARIANT[I4]: who claims is the owner.
+        debug_assert!(!old.is_frozen(), "FROZEN is replaced by its owner only (I4)");
+        let done = cell.try_change(old, Spte::FROZEN);
+        if done.is_err() {
+            self.stats.inc(Counter::CasLost);
+        }
+        done
+    }
+
+    /// End a claim: the entry, which was `was`, becomes `new`, or `was` again.
+    pub(crate) fn release(&self, cell: &SpteCell, was: Spte, new: Spte, gfn: Gfn, level: Level) {
+        self.prove(was, new, level);
+        let held = cell.exchange(new);
+        debug_assert!(held.is_frozen(), "a claimed entry was changed (I4): {held:?}");
+        if was != new {
+            self.account(was, new, level);
+            self.changed(gfn, level, was, new);
+        }
+    }
+
     /// Clear the accessed bit, or access-track. One attempt: a lost one means that the entry is in
     /// use or going away, and counts as young (KVM rows 5.4, 5.5).
     #[inline]

@@ -54,6 +54,11 @@ pub enum ChangePteError {
         /// First page that cannot be named.
         max_pfn: Pfn,
     },
+    /// A page of a mirror changes by removal only.
+    Mirror {
+        /// The guest frame.
+        gfn: Gfn,
+    },
     /// No entry can map the guest frame.
     BeyondPhysical {
         /// The guest frame.
@@ -69,6 +74,7 @@ impl fmt::Display for ChangePteError {
             Self::BadPage { gfn, pfn, max_pfn } => {
                 write!(f, "pfn {pfn} for gfn {gfn} is not below {max_pfn}")
             }
+            Self::Mirror { gfn } => write!(f, "gfn {gfn} is mapped by an external table"),
             Self::BeyondPhysical { gfn, max_gfn } => {
                 write!(f, "gfn {gfn} is not below {max_gfn}")
             }
@@ -136,6 +142,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         self.assert_own(actor);
         let (max_gfn, max_pfn) =
             (self.config().max_gfn_exclusive(), self.config().max_pfn_exclusive());
+        if self.external().is_some() {
+            return Err(ChangePteError::Mirror { gfn });
+        }
         if gfn >= max_gfn {
             return Err(ChangePteError::BeyondPhysical { gfn, max_gfn });
         }
@@ -174,7 +183,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     ) -> ArrayVec<Out, MAX_ROOTS> {
         let mut out = ArrayVec::new();
         let mut debt = FlushDebt::new();
-        for index in 0..self.roots().reach() {
+        for index in self.changeable_roots() {
             let work = actor.shared();
             // Invalid roots too: a vCPU may still run on one.
             let Some(root) = self.roots().get(index, RootFilter::InUse) else { continue };

@@ -69,7 +69,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let report = CollapseReport::default();
         let mut pass = Pass { mmu: self, space, debt: FlushDebt::new(), unpaid: 0, report };
         let most = self.options().max_level.min(self.config().max_leaf_level());
-        for index in 0..self.roots().reach() {
+        for index in self.changeable_roots() {
             // A table of level 3 can go when those under it have.
             for level in [Level::L2, Level::L3].into_iter().filter(|level| *level <= most) {
                 pass.tables(actor, index, range, level);

@@ -189,7 +189,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
 
     #[cold]
     fn logged_leaf(&self, kept: &SlotCopy, gfn: Gfn, write: bool) -> LeafLog {
-        if kept.log_of(gfn).is_none() {
+        // What a mirror maps is not logged.
+        if kept.log_of(gfn).is_none() || self.external().is_some() {
             return LeafLog::Off;
         }
         match (self.dirty_tracking(), write) {

@@ -51,7 +51,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// Is the fault for [`fast_fault`](Self::fast_fault) at all?
     #[inline(always)]
     pub(crate) fn may_be_fast(&self, fault: &PageFault) -> bool {
-        fault.code.contains(PfErrorCode::RESERVED) || can_be_fast(self.config(), fault)
+        // No processor walks a mirror, its entries do not change in place, and nobody takes short
+        // cuts to them.
+        (fault.code.contains(PfErrorCode::RESERVED) || can_be_fast(self.config(), fault))
+            && self.external().is_none()
     }
 
     /// Fix the fault without a lock, if that can be done.

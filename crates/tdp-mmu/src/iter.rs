@@ -66,6 +66,12 @@ impl Cursor {
         Self { next: self.next.max(gfn), ..self }
     }
 
+    /// Where the walk ends.
+    #[must_use]
+    pub(crate) const fn end(&self) -> Gfn {
+        self.end
+    }
+
     /// Is nothing left?
     #[must_use]
     pub fn is_done(&self) -> bool {

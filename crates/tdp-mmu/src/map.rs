@@ -32,17 +32,17 @@ use crate::vcpu::TdpVcpu;
 
 /// Compare-exchanges that one fault may lose before it gives up its section and lets the vCPU try
 /// again. Each loss means that somebody else made progress on the same entry.
-const MAX_LOST: u32 = 8;
+pub(crate) const MAX_LOST: u32 = 8;
 
 /// Times that [`TdpVcpu::prefault`] tries a page again while it is being taken away.
 pub const PREFAULT_RETRIES: u32 = 64;
 
 /// What a walk that installs works with.
-struct Tools<'a, H: Host> {
-    section: &'a Shared<'a>,
-    cache: &'a mut MmuCache,
-    vm: &'a VmCore<H>,
-    stats: &'a StatsShard,
+pub(crate) struct Tools<'a, H: Host> {
+    pub(crate) section: &'a Shared<'a>,
+    pub(crate) cache: &'a mut MmuCache,
+    pub(crate) vm: &'a VmCore<H>,
+    pub(crate) stats: &'a StatsShard,
 }
 
 /// How far a prefault came.
@@ -254,6 +254,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         fault: &Wish,
         debt: &mut Option<FlushDebt>,
     ) -> Result<FaultOutcome, FaultError> {
+        if let Some(external) = self.external() {
+            return self.install_in_mirror(tools, external, root, fault);
+        }
         let Tools { section, cache, vm, stats } = tools;
         let change = self.change(vm, stats, section.epoch(), root.role.space());
         let change = Change { nx_wanted: fault.nx_wanted, ..change };

@@ -9,6 +9,7 @@ use core::ops::Range;
 
 use mmu_core::addr::Level;
 use mmu_core::check::{CheckError, TreeCount, check_tree};
+use mmu_core::dead::DeadReason;
 use mmu_core::epoch::EpochGuard;
 use mmu_core::paging::Paging;
 use mmu_core::role::RootRole;
@@ -20,9 +21,11 @@ use mmu_core::vm::{Actor, VmCore};
 
 use crate::change::Change;
 use crate::dirty::DirtyTracking;
+use crate::external::ExternalTable;
 use crate::nx::Nx;
 use crate::root::{RootFilter, Roots};
 use crate::unflushed::Unflushed;
+use crate::zap::ZapReport;
 
 /// Policy of a [`TdpMmu`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +76,8 @@ pub struct TdpMmu<F: SpteFormat, H: Host> {
     options: TdpOptions,
     roots: Roots,
     unflushed: Unflushed,
+    /// What a mirror mirrors.
+    external: Option<Arc<dyn ExternalTable>>,
 }
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
@@ -83,7 +88,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[must_use]
     pub fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, options: TdpOptions) -> Arc<Self> {
         assert!(vm.paging() == Paging::Tdp, "the VM was made for {}", vm.paging());
-        Arc::new(Self::make(vm, config, options))
+        Arc::new(Self::make(vm, config, options, None))
     }
 
     /// The same for a VM that may have been made for shadow paging.
@@ -96,16 +101,21 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         options: TdpOptions,
     ) -> Result<Arc<Self>, WrongPaging> {
         match vm.paging() {
-            Paging::Tdp => Ok(Arc::new(Self::make(vm, config, options))),
+            Paging::Tdp => Ok(Arc::new(Self::make(vm, config, options, None))),
             paging @ Paging::Shadow => Err(WrongPaging { paging }),
         }
     }
 
-    fn make(vm: Arc<VmCore<H>>, config: SpteConfig<F>, options: TdpOptions) -> Self {
+    pub(crate) fn make(
+        vm: Arc<VmCore<H>>,
+        config: SpteConfig<F>,
+        options: TdpOptions,
+        external: Option<Arc<dyn ExternalTable>>,
+    ) -> Self {
         let give_up_cpu = vm.give_up_cpu();
         let (roots, unflushed) = (Roots::new(give_up_cpu), Unflushed::new(give_up_cpu));
         let nx = Nx::new(&config);
-        Self { vm, config, nx, options, roots, unflushed }
+        Self { vm, config, nx, options, roots, unflushed, external }
     }
 
     /// The VM.
@@ -158,6 +168,18 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     #[inline]
     pub(crate) fn roots(&self) -> &Roots {
         &self.roots
+    }
+
+    /// The table that this MMU mirrors, if it is a mirror.
+    #[inline]
+    pub(crate) fn external(&self) -> Option<&dyn ExternalTable> {
+        self.external.as_deref()
+    }
+
+    /// Indices of the roots whose entries may be changed without asking anybody else: none of a
+    /// mirror.
+    pub(crate) fn changeable_roots(&self) -> Range<usize> {
+        if self.external.is_some() { 0..0 } else { 0..self.roots.reach() }
     }
 
     #[inline]
@@ -220,6 +242,19 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 self.log_disabled(actor, new);
             }
         }
+    }
+
+    /// Give everything back: for the end of a VM, when no vCPU exists any more. Waits for what is
+    /// pending (KVM rows 3.5, 3.6). A mirror that cannot be removed marks the VM dead and keeps its
+    /// memory; see [`try_destroy`](Self::try_destroy).
+    pub fn destroy(&self, actor: &mut Actor<H>) -> ZapReport {
+        if self.external.is_none() {
+            return self.invalidate_roots(actor).finish(actor);
+        }
+        self.try_destroy(actor).unwrap_or_else(|error| {
+            self.vm.mark_dead(DeadReason::ExternalTable);
+            error.removed
+        })
     }
 
     /// Walk every valid root and check each entry (invariants I1, I4 to I7), counting what is

@@ -124,7 +124,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         // Owed for every page taken, also where the entry is protected already: another pass may
         // have protected it and not flushed yet.
         self.owe(actor, hull);
-        for index in 0..self.mmu.roots().reach() {
+        for index in self.mmu.changeable_roots() {
             let mut next = Some(hull.start);
             while let Some(from) = next {
                 // For splitting. Without a frame a huge leaf is protected as a whole.
@@ -283,7 +283,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         range: GfnRange,
         mut dirty: impl FnMut(Gfn, Level, u64),
     ) {
-        for index in 0..self.mmu.roots().reach() {
+        for index in self.mmu.changeable_roots() {
             let mut next = Some(Cursor::new(range, Level::L2));
             while let Some(cursor) = next {
                 let work = actor.shared();

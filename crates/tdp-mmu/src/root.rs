@@ -13,6 +13,7 @@
 //! lock (a leaf). Nothing here is on the path of a fault but one load.
 
 use core::fmt;
+use core::ops::Range;
 
 use arrayvec::ArrayVec;
 
@@ -249,6 +250,13 @@ impl Roots {
         self.update(index, |state| fits(state).then_some(state | set)).is_some()
     }
 
+    /// These roots become invalid, and nothing else happens yet.
+    pub(crate) fn invalidate(&self, roots: Range<usize>) {
+        for index in roots {
+            self.mark(index, IN_USE, INVALID, INVALID);
+        }
+    }
+
     /// Roots that are invalid and not quiet.
     fn invalid(&self) -> Pending {
         let name = |(index, slot): (usize, &RootSlot)| {
@@ -373,13 +381,11 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// the guest and load their roots again. Takes O(roots) and waits for nobody (KVM row 3.36).
     ///
     /// Until [`ZapAll::finish`] (or enough [`ZapAll::step`]s) the tables are not given back, and
-    /// vCPUs that have not left yet may still use the old mappings.
+    /// vCPUs that have not left yet may still use the old mappings. A mirror stays as it is.
     #[doc(alias = "kvm_mmu_zap_all_fast")]
     pub fn invalidate_roots(&self, actor: &mut Actor<H>) -> ZapAll<'_, F, H> {
         self.assert_own(actor);
-        for index in 0..self.roots().reach() {
-            self.roots().mark(index, IN_USE, INVALID, INVALID);
-        }
+        self.roots().invalidate(self.changeable_roots());
         // Before the reload is requested: only these may become quiet by it.
         let pending = self.roots().invalid();
         self.vm().trace(|| Event::RootsInvalidated { pending: to_u64(pending.len()) });
@@ -391,12 +397,6 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         drop(debt);
         let report = ZapReport::default();
         ZapAll { mmu: self, pending, ticket, current: None, report }
-    }
-
-    /// Give everything back: for the end of a VM, when no vCPU exists any more. Waits for what is
-    /// pending (KVM rows 3.5, 3.6).
-    pub fn destroy(&self, actor: &mut Actor<H>) -> ZapReport {
-        self.invalidate_roots(actor).finish(actor)
     }
 }
 

@@ -39,7 +39,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     pub fn split(&self, actor: &mut Actor<H>, space: u16, range: GfnRange) -> SplitReport {
         self.assert_own(actor);
         let mut report = SplitReport::default();
-        for index in 0..self.roots().reach() {
+        for index in self.changeable_roots() {
             let mut next = Some(Cursor::new(range, Level::L2));
             while let Some(cursor) = next {
                 if let Err(error) = actor.top_up(FRAMES_PER_FAULT) {

@@ -60,6 +60,8 @@ pub enum TrackWriteError {
     /// The VM tracks no pages: call
     /// [`enable_write_tracking`](mmu_core::vm::VmCore::enable_write_tracking) first.
     NotEnabled,
+    /// The MMU mirrors an external table, which does not know of write protection.
+    Mirror,
     /// The count would not change.
     Count(TrackError),
 }
@@ -71,6 +73,7 @@ impl fmt::Display for TrackWriteError {
                 write!(f, "no slot of address space {space} holds gfn {gfn}")
             }
             Self::NotEnabled => f.write_str("the VM does not track writes"),
+            Self::Mirror => f.write_str("an external table protects no pages"),
             Self::Count(error) => error.fmt(f),
         }
     }
@@ -96,6 +99,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         gfn: Gfn,
     ) -> Result<(), TrackWriteError> {
         self.assert_own(actor);
+        if self.external().is_some() {
+            return Err(TrackWriteError::Mirror);
+        }
         let vm = self.vm();
         let range = GfnRange::from_len(gfn, 1);
         // No slot changes before it ends, so the counts are still the slot's when it does.
@@ -142,8 +148,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// guest's next write faults, and only a fault that maps the page anew makes it writable
     /// again. Flushed when this returns. Was there anything to protect?
     ///
-    /// A huge leaf is protected as a whole. To keep faults from making the page writable, track it
-    /// first.
+    /// Nothing of a mirror is protected. A huge leaf is protected as a whole. To keep faults from
+    /// making the page writable, track it first.
     #[doc(alias = "kvm_tdp_mmu_write_protect_gfn")]
     pub fn write_protect_gfn(
         &self,
@@ -175,7 +181,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         }
         let mut debt = FlushDebt::new();
         let mut found = false;
-        for index in 0..self.roots().reach() {
+        for index in self.changeable_roots() {
             let work = actor.shared();
             // Invalid roots too: a vCPU may still run on one.
             let Some(root) = self.roots().get(index, RootFilter::InUse) else { continue };

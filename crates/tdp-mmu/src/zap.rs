@@ -130,7 +130,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// Remove every mapping of `range` from every root, flushed: when this returns, no vCPU uses
     /// one, and no fault that resolved its page before the call installs one.
     ///
-    /// Leaves that reach beyond the range go as a whole. Tables stay (KVM row 3.33).
+    /// Leaves that reach beyond the range go as a whole. Tables stay (KVM row 3.33). A mirror that
+    /// cannot remove a page marks the VM dead; see [`remove`](Self::remove).
     #[doc(alias = "kvm_tdp_mmu_unmap_gfn_range")]
     pub fn unmap(&self, actor: &mut Actor<H>, range: GfnRange) -> ZapReport {
         let vm = self.vm();
@@ -155,9 +156,14 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let covered = range.is_empty() || invalidation.range().covers(range);
         assert!(covered, "{range} is not inside the invalidation of {}", invalidation.range());
         self.vm().trace(|| Event::UnmapBegin { range });
+        if let Some(external) = self.external() {
+            let report = self.remove_or_die(actor, external, range);
+            self.vm().trace(|| Event::UnmapEnd { range, pages: report.pages() });
+            return report;
+        }
         let mut report = ZapReport::default();
         let mut debt = FlushDebt::new();
-        for index in 0..self.roots().reach() {
+        for index in self.changeable_roots() {
             self.zap_root_range(actor, index, range, &mut debt, &mut report);
         }
         if !range.is_empty() && invalidation.others_in_progress() {
