@@ -15,7 +15,7 @@ use mmu_core::spte::{Capabilities, Ept, Legacy, Npt};
 use mmu_core::traits::{AgeMode, HostPage, ResolveError};
 use mmu_model::{AccessKind, Random};
 use proptest::prelude::*;
-use tdp_mmu::{Cursor, TdpIter};
+use tdp_mmu::{Cursor, LogError, TdpIter};
 
 /// Numbers that break things: near powers of two, near the ends, and near what is mapped.
 fn number() -> impl Strategy<Value = u64> {
@@ -59,10 +59,10 @@ fn guest<F: Modelled>(caps: Capabilities) -> Guest<F> {
 fn any_call<F: Modelled>(guest: &mut Guest<F>, what: u8, a: u64, b: u64, level: Level) {
     let range = GfnRange::new(Gfn::new(a), Gfn::new(b));
     let config_max = guest.config().max_gfn_exclusive();
-    match what % 9 {
+    match what % 12 {
         0 | 1 => {
             let code = PfErrorCode::from_bits_retain(b);
-            let prefetch = what % 9 == 1;
+            let prefetch = what % 12 == 1;
             let fault = PageFault { prefetch, ..PageFault::new(Gpa::new(a), code).at_most(level) };
             match guest.vcpu.fault(&fault) {
                 Ok(_) => assert!(fault.gfn() < config_max && level.may_be_leaf()),
@@ -110,6 +110,7 @@ fn any_call<F: Modelled>(guest: &mut Guest<F>, what: u8, a: u64, b: u64, level: 
             let mut zap = guest.mmu.invalidate_roots(&mut guest.actor);
             let _ = zap.step(&mut guest.actor, usize::try_from(a).unwrap_or(usize::MAX));
         }
+        9..=11 => any_log_call(guest, what, (a, b), range),
         _ => {
             let begun = guest.mmu.vm().notify().begin(guest.actor.participant(), range);
             let fault = PageFault::new(Gpa::new(BASE << 12), PfErrorCode::empty());
@@ -117,6 +118,42 @@ fn any_call<F: Modelled>(guest: &mut Guest<F>, what: u8, a: u64, b: u64, level: 
             drop(begun);
         }
     }
+}
+
+/// The slot of [`guest`], logged or not, and calls for its log, for others' and for nobody's.
+fn any_log_call<F: Modelled>(guest: &mut Guest<F>, what: u8, (a, b): (u64, u64), range: GfnRange) {
+    let base = if guest.config().levels() == Level::L3 { 0 } else { BASE };
+    let flags = if what & 16 == 0 { SlotFlags::LOG_DIRTY } else { SlotFlags::empty() };
+    let change = common::request(0, base, 2 * M2, DATA, flags);
+    match guest.set_slot_logging(&change, a..b) {
+        Ok(_) => {}
+        Err(SlotError::LogRange { start, end, pages }) => {
+            assert!((start, end, pages) == (a, b, 2 * M2) && (start >= end || end > pages));
+        }
+        Err(error) => panic!("{a}..{b}: {error}"),
+    }
+    if what & 32 != 0 {
+        let _ = guest.set_slot(&change).expect("a legal change");
+    }
+    let (as_id, id) = if what & 64 == 0 { (0, 0) } else { (number_of(a), number_of(b)) };
+    let mut words = [u64::MAX; 16];
+    let short = if what & 128 == 0 { 16 } else { 1 + (a % 16) as usize };
+    let (mmu, actor) = (&guest.mmu, &mut guest.actor);
+    let _ = mmu.harvest_log(actor, as_id, id, &mut words[..short]);
+    let _ = mmu.peek_log(actor, as_id, id, &mut words[..short]);
+    let bits = &words[..usize::try_from(b.div_ceil(64)).map_or(16, |words| words.min(16))];
+    if let Ok(done) = mmu.clear_log(actor, (as_id, id), a, b, bits) {
+        assert!(a % 64 == 0 && a + b <= 2 * M2 && done.pages <= b);
+    }
+    let _ = mmu.split(actor, as_id, range);
+    assert_eq!(mmu.reset_rings(actor), Err(LogError::NoRings));
+    let marked = actor.mark_dirty(as_id, range).expect("no ring to be full");
+    assert!(marked <= range.len().min(2 * M2));
+    let _ = guest.vcpu.log_hardware([a, b, u64::MAX].map(Gfn::new)).expect("no ring");
+}
+
+fn number_of(word: u64) -> u16 {
+    (word & 0xffff) as u16
 }
 
 fn calls<F: Modelled>(caps: Capabilities, list: &[(u8, (u64, u64), u8)]) {
