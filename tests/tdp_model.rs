@@ -38,10 +38,12 @@ fn run<F: Modelled>(caps: Capabilities, total: &mut u64, happened: &mut [u64; 9]
         let mut world = World::<F>::new(caps);
         world.populate(&mut random);
         for step in 0..OPS {
-            let op = Op::decode(random.next_u64());
+            let word = random.next_u64();
+            let op = Op::decode(word);
             let result = catch_unwind(AssertUnwindSafe(|| {
                 world.run(op).expect("enough frames");
                 if step % CHECK_EVERY == 0 {
+                    world.ask_log(word);
                     world.compare();
                     world.settle();
                     world.compare();

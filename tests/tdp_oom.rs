@@ -13,7 +13,7 @@ use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Capabilities, Ept};
 use mmu_core::stats::Counter;
 use mmu_model::{AccessKind, Random};
-use tdp_mmu::RootError;
+use tdp_mmu::{DirtyTracking, RootError, TdpOptions};
 
 /// What must be as before: everything a guest or an owner of the VM can see.
 fn state<F: Modelled>(world: &mut World<F>) -> (Vec<u64>, u64) {
@@ -184,4 +184,62 @@ fn a_split_without_a_frame_leaves_the_huge_page() {
     assert_eq!(guest.unmap(range(BASE, BASE + G1)).pages(), G1);
     guest.host().set_resolver(linear(Level::L1));
     guest.finish();
+}
+
+/// Logging needs frames to split huge pages, and does without: every write is handed out all the
+/// same, and what was asked for is flushed.
+#[test]
+fn logging_with_frames_refused_at_any_point_hands_out_every_write() {
+    // More than the threads have frames in their caches.
+    let (blocks, pages) = (80, 80 * M2);
+    let mut refused = 0;
+    for tracking in [DirtyTracking::WriteProtect, DirtyTracking::DirtyBit] {
+        for (k, once) in (0..12).flat_map(|k| [(k, false), (k, true)]) {
+            let mut options = TdpOptions::default();
+            options.dirty = tracking;
+            let shape = Shape { options, frames: 256, ..Shape::new(Capabilities::ept()) };
+            let mut guest = Guest::<Ept>::with(shape);
+            guest.slot(0, BASE, pages, DATA, SlotFlags::empty());
+            guest.host().set_resolver(linear(Level::L2));
+            let firsts = (0..blocks).map(|block| BASE + block * M2);
+            guest.map(firsts, AccessKind::Write, Level::L2);
+            let from = guest.host().provides() + k;
+            guest.host().refuse(from, if once { from + 1 } else { u64::MAX });
+            guest.slot(0, BASE, pages, DATA, SlotFlags::LOG_DIRTY);
+            guest.check();
+            let written = (0..blocks).flat_map(|block| [block * M2, block * M2 + 63 + block]);
+            for page in written.clone() {
+                for _ in 0..6 {
+                    if guest.touch(BASE + page, AccessKind::Write).is_ok() {
+                        break;
+                    }
+                    let before = guest.check();
+                    match guest.try_fault(BASE + page, AccessKind::Write, Level::L2) {
+                        Ok(_) => {}
+                        Err(FaultError::OutOfFrames(_)) => {
+                            assert_eq!(guest.check(), before, "a refused fault changes nothing");
+                            refused += 1;
+                            guest.host().refuse(u64::MAX, u64::MAX);
+                        }
+                        Err(error) => panic!("{error}"),
+                    }
+                }
+            }
+            let mut words = vec![0; (pages / 64) as usize];
+            let done = guest.mmu.harvest_log(&mut guest.actor, 0, 0, &mut words).unwrap();
+            for page in written {
+                let bit = words[(page / 64) as usize] >> (page % 64) & 1;
+                assert_eq!(bit, 1, "{tracking:?}, refused from {k}: page {page}");
+                let (_, spte) = guest.entry(BASE + page);
+                let config = guest.config();
+                assert!(!config.is_dirty(spte) || !config.is_writable(spte));
+            }
+            if tracking == DirtyTracking::WriteProtect {
+                assert_eq!(done.pages, 2 * blocks, "and nothing else");
+            }
+            guest.check();
+            guest.finish();
+        }
+    }
+    assert!(refused > 0);
 }

@@ -347,6 +347,24 @@ impl<F: Modelled> World<F> {
         self.compare_gfn(0, start);
     }
 
+    /// Calls for the dirty log that map and protect nothing, with any numbers.
+    pub fn ask_log(&mut self, word: u64) {
+        let (space, id) = ((word & 3) as u16, (word >> 2 & 7) as u16);
+        let number = |shift: u32| (word >> shift & 0xff) << (word >> (shift + 8) & 63);
+        let (first, pages) = (number(5), number(19));
+        let words = vec![0; usize::try_from(pages.div_ceil(64)).map_or(0, |n| n.min(1 << 12))];
+        let guest = &mut self.guest;
+        let (mmu, actor) = (&guest.mmu, &mut guest.actor);
+        let mut few = [0; 2];
+        let _ = mmu.peek_log(actor, space, id, &mut few);
+        let cleared = mmu.clear_log(actor, (space, id), first, pages, &words);
+        assert!(cleared.is_err() || first % 64 == 0);
+        assert!(mmu.reset_rings(actor).is_err(), "there are none");
+        let some = GfnRange::from_len(Gfn::new(first), pages.min(1 << 20));
+        let marked = actor.mark_dirty(space, some).expect("no ring");
+        assert!(marked <= some.len());
+    }
+
     fn zap_all(&mut self, steps: u8) {
         let expected = self.spec.zap_all();
         let guest = &mut self.guest;
