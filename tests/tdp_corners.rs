@@ -404,6 +404,7 @@ fn an_mmio_entry_is_no_corrupt_entry() {
     let table = table_of(&mut guest, BASE);
     let spte = guest.config().mmio(Gfn::new(BASE + 1), Access::ALL, 2).expect("in use");
     plant(&guest, table, BASE + 1, spte);
+    guest.actor.stats().inc(Counter::MmioSptes);
     let fault = PageFault::new(gpa(BASE + 1), PfErrorCode::RESERVED);
     assert_eq!(guest.vcpu.fault(&fault), Ok(FaultOutcome::Fixed), "a slot is there by now");
     assert_eq!(guest.mmu.vm().is_dead(), None);

@@ -53,6 +53,8 @@ pub struct Rules {
     pub ad: bool,
     /// The processor sets them, relied on or not.
     pub hardware_ad: bool,
+    /// An address bit is left that the processor rejects.
+    pub mmio: bool,
 }
 
 /// A fault.
@@ -104,12 +106,16 @@ pub struct Map {
     /// Where smaller pages are, or were: space, level of the page that they take the place of, and
     /// its first gfn.
     below: BTreeSet<(u8, u8, u64)>,
+    /// Entries that say "no memory here": space and gfn. Whether they still hold is the slots' to
+    /// say.
+    pub mmio: BTreeSet<(u8, u64)>,
 }
 
 impl Map {
     pub fn new(rules: Rules) -> Self {
         let spaces = [Leaves::new(), Leaves::new()];
-        Self { rules, slots: BTreeMap::new(), spaces, below: BTreeSet::new() }
+        let (below, mmio) = (BTreeSet::new(), BTreeSet::new());
+        Self { rules, slots: BTreeMap::new(), spaces, below, mmio }
     }
 
     pub fn slot_of(&self, space: u8, gfn: u64) -> Option<(u16, &Slot)> {
@@ -147,6 +153,9 @@ impl Map {
             return Outcome::Beyond;
         }
         let Some((_, &slot)) = self.slot_of(fault.space, fault.gfn) else {
+            if self.rules.mmio && !fault.prefetch {
+                self.mmio.insert((fault.space, fault.gfn));
+            }
             return Outcome::NoSlot;
         };
         if let Some(outcome) = self.fast(fault, &slot) {
@@ -241,6 +250,7 @@ impl Map {
         let whole = first..first + pages(goal);
         self.below
             .retain(|&(at, level, gfn)| at != fault.space || level > goal || !whole.contains(&gfn));
+        self.mmio.retain(|&(at, gfn)| at != fault.space || !whole.contains(&gfn));
         // Smaller pages in the way make place.
         space.retain(|at, _| !(first..first + pages(goal)).contains(at));
         space.insert(first, new);
@@ -375,6 +385,7 @@ impl Map {
     /// Everything goes.
     pub fn zap_all(&mut self) -> Zapped {
         self.below.clear();
+        self.mmio.clear();
         self.unmap(0, u64::MAX)
     }
 

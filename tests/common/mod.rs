@@ -436,12 +436,14 @@ pub struct Shape {
     pub participants: usize,
     pub options: TdpOptions,
     pub log: LogOptions,
+    /// Generation of the first set of slots.
+    pub generation: u64,
 }
 
 impl Shape {
     pub fn new(caps: Capabilities) -> Self {
         let (options, log) = (TdpOptions::default(), LogOptions::default());
-        Self { caps, frames: 512, spaces: 1, participants: 8, options, log }
+        Self { caps, frames: 512, spaces: 1, participants: 8, options, log, generation: 0 }
     }
 }
 
@@ -483,6 +485,15 @@ pub fn code(kind: AccessKind, present: bool) -> PfErrorCode {
     if present { kind | PfErrorCode::PRESENT } else { kind }
 }
 
+/// The exit for a fault of a processor.
+pub fn reported(gfn: u64, fault: &mmu_model::Fault) -> PageFault {
+    let reserved = fault.kind == mmu_model::FaultKind::Reserved;
+    let present = fault.kind != mmu_model::FaultKind::NotPresent;
+    let mut code = code(fault.access.kind, present);
+    code.set(PfErrorCode::RESERVED, reserved);
+    PageFault::new(gpa(gfn), code)
+}
+
 pub fn request(id: u16, base: u64, pages: u64, pfn: u64, flags: SlotFlags) -> SlotRequest {
     SlotRequest {
         as_id: 0,
@@ -518,8 +529,9 @@ impl<F: Modelled> Guest<F> {
         let config = SpteConfig::<F>::new(shape.caps).expect("capabilities");
         let host = TestHost::new(shape.frames);
         let outstanding = Arc::clone(&host.outstanding);
-        let limits = SlotLimits::new(shape.spaces, config.max_gfn_exclusive());
         let give_up_cpu = std::thread::yield_now;
+        let mut limits = SlotLimits::new(shape.spaces, config.max_gfn_exclusive());
+        limits.first_generation = shape.generation;
         let (vm, slots) =
             VmCore::with_log(host, shape.participants, limits, give_up_cpu, shape.log)
                 .expect("a VM");
@@ -644,6 +656,14 @@ impl<F: Modelled> Guest<F> {
         })
     }
 
+    /// A read as the processor makes it, and what comes of it.
+    pub fn access(&mut self, gfn: u64) -> Result<FaultOutcome, FaultError> {
+        match self.touch(gfn, AccessKind::Read) {
+            Ok(_) => Ok(FaultOutcome::Spurious),
+            Err(fault) => self.vcpu.fault(&reported(gfn, &fault)),
+        }
+    }
+
     /// An access as the processor makes it, TLB aside: sets accessed and dirty bits.
     pub fn touch(&mut self, gfn: u64, kind: AccessKind) -> Result<Translation, mmu_model::Fault> {
         let root = self.root_register();
@@ -677,6 +697,7 @@ impl<F: Modelled> Guest<F> {
         let pages = [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G];
         assert_eq!(pages.map(|counter| self.stat(counter)), count.leaves, "leaves");
         assert_eq!(self.stat(Counter::Tables), count.tables, "tables");
+        assert_eq!(self.stat(Counter::MmioSptes), count.mmio, "MMIO entries");
         assert_eq!(self.stat(Counter::FlushOwed), self.stat(Counter::FlushPaid), "flush debts");
         let cached = self.cached();
         assert_eq!(self.mmu.vm().pool().frames_in_use(), count.tables + cached, "frames");
@@ -691,8 +712,8 @@ impl<F: Modelled> Guest<F> {
         drop(vcpu);
         let _ = mmu.destroy(&mut actor);
         let vm = Arc::clone(mmu.vm());
-        let gauges = [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G, Counter::Tables];
-        for gauge in gauges {
+        let pages = [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G];
+        for gauge in pages.into_iter().chain([Counter::Tables, Counter::MmioSptes]) {
             assert_eq!(vm.stats().get(gauge), 0, "{}", gauge.name());
         }
         let owed = vm.stats().get(Counter::FlushOwed);

@@ -4,14 +4,14 @@
 //! run. [`World::run`] makes it and compares the answer; [`World::compare`] looks at the tables
 //! through the independent walker.
 
-use mmu_core::access::Access;
-use mmu_core::addr::{Gfn, GfnRange, Hva, Level};
+use mmu_core::access::{Access, PfErrorCode};
+use mmu_core::addr::{Gfn, GfnRange, Hva, Level, to_u64};
 use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
 use mmu_core::slot::{SlotFlags, SlotRequest};
 use mmu_core::spte::Capabilities;
 use mmu_core::stats::Counter;
 use mmu_core::traits::{AgeMode, CountOnly, HostPage, ResolveError};
-use mmu_model::{AccessKind, Random};
+use mmu_model::{AccessKind, FaultKind, Random};
 use tdp_mmu::{TdpVcpu, ZapReport};
 
 use super::map_spec::{Fault, Host, Map, Outcome, Rules, Slot, Zapped};
@@ -190,6 +190,8 @@ impl<F: Modelled> World<F> {
             max_level: guest.config().max_leaf_level().number(),
             ad: guest.config().ad_enabled(),
             hardware_ad: guest.walker.rules().dirty() != 0,
+            mmio: F::NAME == <mmu_core::spte::Ept as mmu_core::spte::SpteFormat>::NAME
+                || shape.caps.max_phys_bits < 52,
         };
         let smm = TdpVcpu::new(&guest.mmu, 1).expect("room");
         Self { guest, spec: Map::new(rules), smm, pending: false, ops: 0 }
@@ -241,7 +243,9 @@ impl<F: Modelled> World<F> {
         lie: bool,
     ) -> Result<(), String> {
         let present = self.spec.translate(space, gfn).is_some() != lie;
-        let fault = PageFault::new(gpa(gfn), code(kind, present)).at_most(level(number));
+        let mut code = code(kind, present);
+        code.set(PfErrorCode::RESERVED, self.spec.mmio.contains(&(space, gfn)));
+        let fault = PageFault::new(gpa(gfn), code).at_most(level(number));
         let vcpu = self.vcpu(space).map_err(|error| error.to_string())?;
         let result = vcpu.fault(&fault);
         self.judge(space, gfn, kind == AccessKind::Write, present, number, false, result)
@@ -293,10 +297,13 @@ impl<F: Modelled> World<F> {
         let root = vcpu.load_root().expect("loaded").address().get();
         let access = mmu_model::Access::user(kind);
         let guest = &self.guest;
-        let found = guest.walker.translate(guest.host(), root, gfn << 12, access).ok();
+        let found = guest.walker.translate(guest.host(), root, gfn << 12, access);
         let expected = self.spec.translate(space, gfn).map(|(pfn, ..)| pfn);
         let passes = self.spec.touch(space, gfn, write);
+        let reserved = found.err().is_some_and(|fault| fault.kind == FaultKind::Reserved);
+        let found = found.ok();
         assert_eq!(found.map(|t| t.pa >> 12), expected.filter(|_| passes), "{gfn:#x}");
+        assert_eq!(reserved, self.spec.mmio.contains(&(space, gfn)), "{gfn:#x}");
         Ok(())
     }
 
@@ -536,6 +543,8 @@ impl<F: Modelled> World<F> {
             let pages = [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G];
             assert_eq!(pages.map(|counter| self.guest.stat(counter)), count.leaves);
             assert_eq!(self.guest.stat(Counter::Tables), count.tables, "tables");
+            assert_eq!(self.guest.stat(Counter::MmioSptes), count.mmio, "MMIO entries");
+            assert_eq!(to_u64(self.spec.mmio.len()), count.mmio, "MMIO entries");
             let cached = self.cached();
             assert_eq!(self.guest.mmu.vm().pool().frames_in_use(), count.tables + cached);
         }

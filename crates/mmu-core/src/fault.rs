@@ -75,6 +75,14 @@ impl PageFault {
         Self::new(gpa, info.to_error_code())
     }
 
+    /// From an EPT misconfiguration exit, which does not say what kind of access it was. An MMIO
+    /// entry causes it (KVM row 1.34), or an entry that should not be.
+    #[doc(alias = "handle_ept_misconfig")]
+    #[must_use]
+    pub const fn from_ept_misconfiguration(gpa: Gpa) -> Self {
+        Self::new(gpa, PfErrorCode::RESERVED)
+    }
+
     /// A page the guest has not touched (KVM row 3.57).
     #[must_use]
     pub const fn prefetch(gpa: Gpa, access: Access) -> Self {

@@ -136,6 +136,9 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         let done = cell.try_change(old, new).is_ok();
         self.stats.inc(if done { Counter::pages(level) } else { Counter::CasLost });
         if done {
+            if !old.is_empty() {
+                self.account_mmio(old, new);
+            }
             self.changed(gfn, level, old, new);
         }
         done
@@ -244,6 +247,10 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     #[inline]
     fn account(&self, old: Spte, new: Spte, level: Level) {
         let (was, is) = (old.is_mmu_present(), new.is_mmu_present());
+        // No work for the usual hole.
+        if (!was && !old.is_empty()) || (!is && !new.is_empty()) {
+            self.account_mmio(old, new);
+        }
         if !was && !is {
             return;
         }
@@ -260,6 +267,16 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
                 self.stats.sub(Counter::Tables, 1);
                 self.stats.inc(Counter::TablesUnlinked);
             }
+        }
+    }
+
+    /// The gauge of MMIO entries, after a change from or to something that maps nothing.
+    #[cold]
+    fn account_mmio(&self, old: Spte, new: Spte) {
+        match (self.config.is_mmio(old), self.config.is_mmio(new)) {
+            (false, true) => self.stats.inc(Counter::MmioSptes),
+            (true, false) => self.stats.sub(Counter::MmioSptes, 1),
+            _ => {}
         }
     }
 

@@ -5,9 +5,8 @@
 
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::Level;
-use mmu_core::dead::DeadReason;
 use mmu_core::dirty::DirtyRing;
-use mmu_core::fault::{FaultError, PageFault};
+use mmu_core::fault::PageFault;
 use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
@@ -127,30 +126,6 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             }
         }
         FastPath::Slow
-    }
-
-    /// A reserved bit in one of our entries is no race: say which entry of the path, and let
-    /// nobody go on in such a VM (KVM rows 1.33, 0.1.8). `Ok`: an MMIO entry, or the entry changed
-    /// since; go the slow way.
-    #[cold]
-    pub(crate) fn reserved_fault(
-        &self,
-        actor: &mut Actor<H>,
-        root: &RootRef,
-        fault: &PageFault,
-    ) -> Result<(), FaultError> {
-        let work = actor.pinned();
-        // A root that became invalid since may be taken apart by now.
-        if !self.roots().is_valid(root) {
-            return Ok(());
-        }
-        match self.first_bad(work.vm.pool(), &work.section, root, fault.gfn()) {
-            Some((level, spte)) => {
-                work.vm.mark_dead(DeadReason::CorruptEntry);
-                Err(FaultError::ReservedBit { gpa: fault.gpa, level, spte: spte.raw() })
-            }
-            None => Ok(()),
-        }
     }
 }
 

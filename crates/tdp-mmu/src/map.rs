@@ -152,7 +152,11 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
                     return Ok(FaultOutcome::Spurious);
                 }
                 FastPath::Slow => {}
-                FastPath::Reserved => self.mmu.reserved_fault(&mut self.actor, root, fault)?,
+                FastPath::Reserved => {
+                    if let Some(outcome) = self.reserved_fault(fault)? {
+                        return Ok(outcome);
+                    }
+                }
             }
         }
         if let Some(reason) = self.actor.vm().is_dead() {
@@ -161,7 +165,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         self.actor.top_up(FRAMES_PER_FAULT)?;
         let resolved = match self.resolve(fault) {
             Ok(resolved) => resolved,
-            Err(stop) => return stop.result(fault, self.role().space()),
+            Err(stop) => return self.stopped(stop, fault),
         };
         let Some(root) = &self.root else { return Err(FaultError::NoRoot) };
         // Only a leaf that takes a table's place owes a flush.
@@ -344,7 +348,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 
     /// Link an empty table under an entry that has none. `None` when the race was lost.
-    fn link_table(
+    pub(crate) fn link_table(
         &self,
         change: &Change<'_, F, H>,
         cache: &mut MmuCache,

@@ -13,8 +13,8 @@ use mmu_core::dead::DeadReason;
 use mmu_core::epoch::EpochGuard;
 use mmu_core::paging::Paging;
 use mmu_core::role::RootRole;
-use mmu_core::slot::{SlotChange, SlotError, SlotRequest, SlotWriter};
-use mmu_core::spte::{SpteConfig, SpteFormat};
+use mmu_core::slot::{Memslot, SlotChange, SlotError, SlotRequest, SlotWriter, plan};
+use mmu_core::spte::{MMIO_GEN_BITS, SpteConfig, SpteFormat};
 use mmu_core::stats::StatsShard;
 use mmu_core::traits::Host;
 use mmu_core::vm::{Actor, VmCore};
@@ -26,6 +26,18 @@ use crate::nx::Nx;
 use crate::root::{RootFilter, Roots};
 use crate::unflushed::Unflushed;
 use crate::zap::ZapReport;
+
+/// What goes when a memory slot is deleted or moved (KVM row 3.37).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SlotZap {
+    /// The mappings of its range: work in proportion to the slot's tables, nothing else is missed.
+    #[default]
+    Range,
+    /// Everything: the visible part is O(roots), and the vCPUs map again what they use. KVM's way
+    /// for ordinary VMs, which embedders may have come to rely on.
+    #[doc(alias = "KVM_X86_QUIRK_SLOT_ZAP_ALL")]
+    All,
+}
 
 /// Policy of a [`TdpMmu`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +52,8 @@ pub struct TdpOptions {
     /// Map huge pages again when logging ends, instead of at the next fault that finds them split
     /// (KVM row 3.29).
     pub collapse_on_disable: bool,
+    /// What goes when a memory slot is deleted or moved.
+    pub slot_zap: SlotZap,
 }
 
 impl Default for TdpOptions {
@@ -49,6 +63,7 @@ impl Default for TdpOptions {
             dirty: DirtyTracking::WriteProtect,
             eager_split: true,
             collapse_on_disable: true,
+            slot_zap: SlotZap::Range,
         }
     }
 }
@@ -206,11 +221,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         actor: &mut Actor<H>,
         request: &SlotRequest,
     ) -> Result<SlotChange, SlotError> {
-        let change = self.vm.set_slot(writer, actor, request, |actor, old| {
-            let _ = self.unmap(actor, old.range());
-        })?;
-        self.log_changed(actor, &change);
-        Ok(change)
+        self.change_slot(writer, actor, request, None)
     }
 
     /// The same; of a slot with `LOG_DIRTY` only `pages`, counted from its first page, are logged.
@@ -224,11 +235,40 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         request: &SlotRequest,
         pages: Range<u64>,
     ) -> Result<SlotChange, SlotError> {
-        let change = self.vm.set_slot_logging(writer, actor, request, pages, |actor, old| {
-            let _ = self.unmap(actor, old.range());
-        })?;
+        self.change_slot(writer, actor, request, Some(pages))
+    }
+
+    fn change_slot(
+        &self,
+        writer: &mut SlotWriter,
+        actor: &mut Actor<H>,
+        request: &SlotRequest,
+        logged: Option<Range<u64>>,
+    ) -> Result<SlotChange, SlotError> {
+        self.assert_own(actor);
+        if writer.live().next_wraps(MMIO_GEN_BITS) {
+            // Requests that are bad or mean nothing drop no tree, however many there are.
+            let change = plan(writer.live(), writer.limits(), request)?;
+            if change == SlotChange::Nothing && logged.is_none() {
+                return Ok(change);
+            }
+        }
+        let zap = |actor: &mut Actor<H>, old: &Memslot| self.zap_slot(actor, old);
+        let update = |writer: &mut SlotWriter, actor: &mut Actor<H>| match logged {
+            None => self.vm.set_slot(writer, actor, request, zap),
+            Some(pages) => self.vm.set_slot_logging(writer, actor, request, pages, zap),
+        };
+        let change = self.around_update(writer, actor, update)?;
         self.log_changed(actor, &change);
         Ok(change)
+    }
+
+    /// Remove the mappings of a slot that goes away, whose faults retry already.
+    fn zap_slot(&self, actor: &mut Actor<H>, old: &Memslot) {
+        let _ = match self.options.slot_zap {
+            SlotZap::Range => self.unmap(actor, old.range()),
+            SlotZap::All => self.invalidate_roots(actor).finish(actor),
+        };
     }
 
     /// What a change of a slot's flags asks of the tables.

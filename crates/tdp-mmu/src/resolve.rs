@@ -132,6 +132,19 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         Ok(Resolved { generation, snapshot, wish })
     }
 
+    /// What comes of a fault without a page.
+    #[cold]
+    pub(crate) fn stopped(
+        &mut self,
+        stop: Stop,
+        fault: &PageFault,
+    ) -> Result<FaultOutcome, FaultError> {
+        match stop {
+            Stop::NoSlot => Ok(self.no_slot(fault)),
+            stop => stop.result(fault, self.role.space()),
+        }
+    }
+
     /// An error is the caller's only if nothing changed while the host was asked.
     #[cold]
     fn resolve_failed(
@@ -168,7 +181,6 @@ pub(crate) enum Stop {
 }
 
 impl Stop {
-    #[cold]
     pub(crate) fn result(self, fault: &PageFault, space: u16) -> Result<FaultOutcome, FaultError> {
         let gfn = fault.gfn();
         match self {

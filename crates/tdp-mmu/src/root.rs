@@ -19,21 +19,23 @@ use arrayvec::ArrayVec;
 
 use mmu_core::addr::{Gfn, Level, Pfn, to_index, to_u64};
 use mmu_core::flush::{FlushDebt, FlushScope};
-use mmu_core::frame::{FrameList, OutOfFrames, PageTable};
+use mmu_core::frame::{FrameList, OutOfFrames};
 use mmu_core::role::RootRole;
 use mmu_core::spin::SpinLock;
-use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
+use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::sync::{AtomicU64, Ordering, plain};
 use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
+use crate::harvest::{Harvested, harvest_table};
 use crate::mmu::TdpMmu;
 use crate::zap::{ZapReport, count_gone};
 
 /// Roots that may exist at once, invalid ones included. A VM has one per role; the rest is room for
-/// zap-alls that follow each other faster than their tables are given back.
+/// zap-alls that follow each other faster than their tables are given back, or than vCPUs drop what
+/// they keep: each holds up to four roots, all of them valid after it loaded one.
 pub const MAX_ROOTS: usize = if cfg!(loom) { 3 } else { 64 };
 
 const IN_USE: u64 = 1 << 0;
@@ -318,6 +320,13 @@ pub enum RootError {
         /// [`MAX_ROOTS`].
         max: usize,
     },
+    /// The VM has fewer address spaces.
+    NoSuchSpace {
+        /// The one asked for.
+        space: u8,
+        /// How many there are.
+        spaces: u16,
+    },
 }
 
 impl fmt::Display for RootError {
@@ -326,6 +335,9 @@ impl fmt::Display for RootError {
             Self::OutOfFrames(error) => error.fmt(f),
             Self::TooManyRoots { max } => {
                 write!(f, "all {max} roots exist; finish pending zap-alls")
+            }
+            Self::NoSuchSpace { space, spaces } => {
+                write!(f, "address space {space} is none of the VM's {spaces}")
             }
         }
     }
@@ -512,10 +524,10 @@ impl<F: SpteFormat, H: Host> ZapAll<'_, F, H> {
         let mut frames = FrameList::new();
         while *left > 0 {
             let Some(&(frame, level, next)) = harvest.stack.last() else { break };
-            let mut found = ZapReport::default();
+            let mut found = Harvested::default();
             let link = harvest_table(config, pool.owned_table(frame), level, next, &mut found);
-            count(&found, stats);
-            self.report.merge(&found);
+            found.count(stats);
+            self.report.merge(&found.report);
             if let (Some((index, child)), Some(below)) = (link, level.down()) {
                 if let Some(top) = harvest.stack.last_mut() {
                     top.2 = index;
@@ -558,42 +570,4 @@ impl<F: SpteFormat, H: Host> fmt::Debug for ZapAll<'_, F, H> {
             .field("report", &self.report)
             .finish_non_exhaustive()
     }
-}
-
-/// Statistics of leaves that a harvest found.
-fn count(found: &ZapReport, stats: &StatsShard) {
-    for (level, leaves) in Level::ALL.into_iter().zip(found.leaves) {
-        if leaves != 0 {
-            stats.sub(Counter::pages(level), leaves);
-            stats.add(Counter::LeavesZapped, leaves);
-        }
-    }
-}
-
-/// Count the leaves of a quiet table from entry `next` on, up to the first link, which is
-/// returned. Plain reads and stores: the table belongs to the caller.
-fn harvest_table<F: SpteFormat>(
-    config: &SpteConfig<F>,
-    table: &PageTable,
-    level: Level,
-    next: usize,
-    report: &mut ZapReport,
-) -> Option<(usize, Pfn)> {
-    if level == Level::L1 {
-        // Done in one go, and their link emptied; others may be resumed.
-        report.add_table(config, table);
-        return None;
-    }
-    for (index, cell) in table.entries().iter().enumerate().skip(next) {
-        let spte = cell.peek();
-        if !spte.is_mmu_present() {
-            continue;
-        }
-        if !spte.is_leaf(level) {
-            return Some((index, config.pfn(spte)));
-        }
-        report.add_leaf(config, spte, level);
-        cell.init(Spte::EMPTY);
-    }
-    None
 }

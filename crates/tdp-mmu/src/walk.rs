@@ -128,24 +128,26 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         }
     }
 
-    /// The first entry on the way to `gfn` that we do not make. No entry is followed before it was
-    /// looked at.
+    /// The last entry on the way to `gfn`. No entry is followed before it was looked at.
+    ///
+    /// # Errors
+    /// The first entry that we do not make.
     #[cold]
-    pub(crate) fn first_bad(
+    pub(crate) fn inspect(
         &self,
         pool: &TablePool<H>,
         section: &EpochGuard<'_>,
         root: &RootRef,
         gfn: Gfn,
-    ) -> Option<(Level, Spte)> {
+    ) -> Result<Spte, (Level, Spte)> {
         let (mut frame, mut level) = (root.frame, root.role.level());
         loop {
             let spte = pool.table(section, frame).cell(gfn, level).load();
             if self.is_bad(spte, level) {
-                return Some((level, spte));
+                return Err((level, spte));
             }
             if !spte.is_table(level) {
-                return None;
+                return Ok(spte);
             }
             frame = self.config().pfn(spte);
             level = level.below();

@@ -82,19 +82,30 @@ impl ZapReport {
         self.dirty += u64::from(dirty.count_ones());
     }
 
-    /// Count the leaves of a level-1 table that nobody changes.
-    pub(crate) fn add_table<F: SpteFormat>(&mut self, config: &SpteConfig<F>, table: &PageTable) {
+    /// Count the leaves of a level-1 table that nobody changes. Returns the number of its MMIO
+    /// entries.
+    pub(crate) fn add_table<F: SpteFormat>(
+        &mut self,
+        config: &SpteConfig<F>,
+        table: &PageTable,
+    ) -> u64 {
         let used = scan::PRESENT | F::ACCESSED | F::DIRTY;
-        let (mut leaves, mut alike) = (0, 0);
+        let (mut leaves, mut alike, mut mmio) = (0, 0, 0);
         for cells in table.entries().chunks(scan::LINE) {
             let line = Line::read(cells);
             if line.any & scan::PRESENT == 0 {
+                if line.any != Spte::EMPTY.raw() {
+                    mmio += count_mmio(config, cells);
+                }
                 continue;
             }
             // The usual entry was accessed and written.
             if line.all & used == used {
                 alike += mmu_core::addr::to_u64(cells.len());
                 continue;
+            }
+            if line.all & scan::PRESENT == 0 {
+                mmio += count_mmio(config, cells);
             }
             for leaf in cells.iter().map(SpteCell::peek).filter(|spte| spte.is_mmu_present()) {
                 leaves += 1;
@@ -107,6 +118,7 @@ impl ZapReport {
         }
         self.young += alike;
         self.dirty += alike;
+        mmio
     }
 
     /// Add another report.
@@ -124,6 +136,11 @@ impl ZapReport {
 pub(crate) fn count_gone(stats: &StatsShard) {
     stats.sub(Counter::Tables, 1);
     stats.inc(Counter::TablesUnlinked);
+}
+
+/// MMIO entries of a cache line in which not all entries map something.
+fn count_mmio<F: SpteFormat>(config: &SpteConfig<F>, cells: &[SpteCell]) -> u64 {
+    mmu_core::addr::to_u64(cells.iter().filter(|cell| config.is_mmio(cell.peek())).count())
 }
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {

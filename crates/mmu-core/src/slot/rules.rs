@@ -25,6 +25,9 @@ pub struct SlotLimits {
     /// Width of a canonical host address, sign bit included: 48 (4-level paging) or 57. What is
     /// mapped there, and whether the caller may use it, is the resolver's business.
     pub hva_bits: u32,
+    /// Generation of the first, empty set, rounded down to a multiple of the address spaces, bit 63
+    /// dropped. 0 but for who wants to see generations wrap.
+    pub first_generation: u64,
 }
 
 impl SlotLimits {
@@ -45,6 +48,7 @@ impl SlotLimits {
             max_gfn_exclusive,
             total_pages: u64::MAX,
             hva_bits: Self::HVA_BITS,
+            first_generation: 0,
         }
     }
 }

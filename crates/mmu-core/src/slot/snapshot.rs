@@ -89,13 +89,16 @@ struct MetaEntry {
 const MAX_ADDRESS_SPACES_USIZE: usize = MAX_ADDRESS_SPACES as usize;
 
 impl Memslots {
-    /// A set without slots, generation 0, with the address spaces of `limits`: at least one, at
-    /// most [`MAX_ADDRESS_SPACES`]. Does not allocate.
+    /// A set without slots, of the first generation and with the address spaces of `limits`: at
+    /// least one, at most [`MAX_ADDRESS_SPACES`]. Does not allocate.
     #[must_use]
     pub fn new(limits: &SlotLimits) -> Self {
         let address_spaces = limits.address_spaces.clamp(1, MAX_ADDRESS_SPACES);
         let spaces = core::array::from_fn(|_| Space::default());
-        Self { generation: 0, total_pages: 0, address_spaces, spaces, metas: Vec::new() }
+        let first = limits.first_generation & !GENERATION_UPDATING;
+        let beyond = first.checked_rem(u64::from(address_spaces)).unwrap_or(0);
+        let generation = first.saturating_sub(beyond);
+        Self { generation, total_pages: 0, address_spaces, spaces, metas: Vec::new() }
     }
 
     /// Number of address spaces; valid ids are below.
@@ -170,6 +173,14 @@ impl Memslots {
         let aligned = low.saturating_sub(low.checked_rem(step).unwrap_or(0));
         let next = aligned.saturating_add(step);
         if next <= GENERATION_UPDATING.saturating_sub(step) { next } else { 0 }
+    }
+
+    /// Do the low `bits` bits of the generation start again with the next completed update? Who
+    /// keeps no more of it must forget everything then (KVM row 1.37).
+    #[must_use]
+    pub fn next_wraps(&self, bits: u32) -> bool {
+        let low = self.generation & !GENERATION_UPDATING;
+        low.checked_shr(bits) != self.next_generation().checked_shr(bits)
     }
 
     /// Publisher: name the set. `generation` comes from [`next_generation`](Self::next_generation),

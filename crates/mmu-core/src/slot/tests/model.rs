@@ -182,6 +182,7 @@ fn no_request_panics_and_every_plan_fits() {
             max_gfn_exclusive: Gfn::new(rng.edge()),
             total_pages: rng.edge(),
             hva_bits: u32::from(rng.small(70)),
+            first_generation: rng.edge(),
         };
         for _ in 0..300 {
             let aligned = |value: u64| value & !(PAGE_SIZE - 1);
