@@ -278,6 +278,7 @@ fn entries_that_are_not_present_are_no_pages_whatever_their_bits() {
             let spte = spte.expect("in use");
             assert!(spte.has(1 << 7) && guest.config().kind(spte, Level::L1) == SpteKind::Mmio);
             plant(&guest, table, BASE + page, spte);
+            guest.actor.stats().inc(Counter::MmioSptes);
         }
         let count = guest.check();
         assert_eq!((count.leaves, count.mmio), ([1, 0, 0], 39));
