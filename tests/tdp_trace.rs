@@ -52,6 +52,10 @@ fn words(event: &Event) -> String {
         }
         Event::FlushRequested { scope, tables } => format!("flush {scope:?} {tables}"),
         Event::FlushPaid { changes } => format!("paid {changes}"),
+        Event::MmioMarked { gfn, generation, .. } => format!("mmio {} at {generation}", at(gfn)),
+        Event::MmioHit { gfn, current } => {
+            format!("mmio {} {}", at(gfn), if current { "current" } else { "stale" })
+        }
         ref other => format!("{other:?}"),
     }
 }
@@ -90,7 +94,15 @@ fn faults_tell_of_every_entry_and_how_they_end() {
     let _ = fault(&mut guest, BASE + 2, WRITE, Level::L1);
     told(&guest, &["fault 2 PfErrorCode(WRITE)", "end 2 Spurious"]);
     let _ = fault(&mut guest, BASE + M2, WRITE, Level::L1);
-    told(&guest, &["fault 512 PfErrorCode(WRITE)", "end 512 Emulate"]);
+    let made = ["2M 512 none table", "4K 512 none none", "mmio 512 at 1", "end 512 Emulate"];
+    let mut all = vec!["fault 512 PfErrorCode(WRITE)"];
+    all.extend(made);
+    told(&guest, &all);
+    let _ = fault(&mut guest, BASE + M2, PfErrorCode::RESERVED, Level::L1);
+    told(&guest, &["fault 512 PfErrorCode(RESERVED)", "mmio 512 current", "end 512 Emulate"]);
+    guest.vcpu.forget_mmio();
+    let _ = fault(&mut guest, BASE + M2, PfErrorCode::RESERVED, Level::L1);
+    told(&guest, &["fault 512 PfErrorCode(RESERVED)", "mmio 512 current", "end 512 Emulate"]);
 }
 
 #[test]

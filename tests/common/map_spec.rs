@@ -155,6 +155,10 @@ impl Map {
         let Some((_, &slot)) = self.slot_of(fault.space, fault.gfn) else {
             if self.rules.mmio && !fault.prefetch {
                 self.mmio.insert((fault.space, fault.gfn));
+                // It stands in a table of small pages.
+                for level in 2..=3 {
+                    self.below.insert((fault.space, level, fault.gfn & !(pages(level) - 1)));
+                }
             }
             return Outcome::NoSlot;
         };
