@@ -323,6 +323,7 @@ impl Map {
         leaves.retain(|gfn, _| !whole.contains(gfn));
         leaves.insert(first, new);
         self.below.remove(&(space, level, first));
+        self.mmio.retain(|&(at, gfn)| at != space || !whole.contains(&gfn));
     }
 
     /// Split the leaf at `first` into leaves one level lower.

@@ -382,7 +382,8 @@ fn huge_leaf<F: SpteFormat>(
     let (mut used, mut tracked) = (0, true);
     for (index, cell) in (0u64..).zip(table.entries()) {
         let spte = cell.load();
-        if spte.is_empty() {
+        // A slot has the whole block, so an MMIO entry in it is stale.
+        if spte.is_empty() || config.is_mmio(spte) {
             continue;
         }
         let pfn = first.saturating_add(index * below.pages());

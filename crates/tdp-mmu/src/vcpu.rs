@@ -192,9 +192,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         self.mmu.put_root(self.actor.stats(), root);
     }
 
-    /// Drop the references to the root and to those kept besides. Call before the vCPU blocks (halts, waits for its thread to
-    /// be scheduled again): a root that became invalid keeps its place among the
-    /// [`MAX_ROOTS`](crate::root::MAX_ROOTS) until every vCPU has dropped it.
+    /// Drop the references to the root and to those kept besides. Call before the vCPU blocks (halts,
+    /// waits for its thread to be scheduled again): a root that became invalid keeps its place
+    /// among the [`MAX_ROOTS`](crate::root::MAX_ROOTS) until every vCPU has dropped it.
     pub fn unload_root(&mut self) {
         self.drop_current();
         for root in core::mem::take(&mut self.previous) {
