@@ -106,7 +106,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         let generation = set.generation_in(space);
         let (access, gva) = (Access::ALL, None);
         self.mmio = Some(MmioInfo { gfn, access, gva, generation });
-        if let Some(spte) = self.mmu.config().mmio(gfn, access, generation) {
+        // No processor walks a mirror of an external table, so none would meet the entry.
+        let spte = self.mmu.config().mmio(gfn, access, generation);
+        if let Some(spte) = spte.filter(|_| self.mmu.external().is_none()) {
             if self.mmu.install_mmio(&mut work, &root, gfn, spte) {
                 work.stats.inc(Counter::PfMmioMade);
                 work.vm.trace(|| Event::MmioMarked { gfn, access, generation });
