@@ -192,8 +192,8 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         self.mmu.put_root(self.actor.stats(), root);
     }
 
-    /// Drop the references to the root and to those kept besides. Call before the vCPU blocks (halts,
-    /// waits for its thread to be scheduled again): a root that became invalid keeps its place
+    /// Drop the references to the root and to those kept besides. Call before the vCPU blocks
+    /// (halts, waits for its thread to be scheduled again): an invalid root keeps its place
     /// among the [`MAX_ROOTS`](crate::root::MAX_ROOTS) until every vCPU has dropped it.
     pub fn unload_root(&mut self) {
         self.drop_current();
