@@ -428,8 +428,13 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         debt: &mut Option<FlushDebt>,
     ) -> Option<Result<FaultOutcome, FaultError>> {
         let first = wish.gfn.align_down(wish.goal);
-        change.zap_leaf(cell, old, first, wish.goal, debt.get_or_insert_default())?;
-        let outcome = match change.set(cell, Spte::EMPTY, wish.leaf, wish.gfn, wish.goal) {
+        let gone = change.zap_leaf(cell, old, first, wish.goal, debt.get_or_insert_default())?;
+        let mut leaf = wish.leaf;
+        if change.config.is_dirty(gone) && change.config.is_mmu_writable(leaf) {
+            // The same page, and it was written (INVARIANT[I8]).
+            leaf = leaf.with(F::DIRTY);
+        }
+        let outcome = match change.set(cell, Spte::EMPTY, leaf, wish.gfn, wish.goal) {
             Ok(()) => FaultOutcome::Fixed,
             Err(_) => FaultOutcome::Retry,
         };

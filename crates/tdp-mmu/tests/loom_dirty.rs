@@ -220,6 +220,8 @@ fn body<F: Modelled>(dirty: DirtyTracking, state: State, ops: [Op; 2]) {
     options.dirty = dirty;
     // So that a huge leaf can be met in a slot that is logged.
     options.eager_split = !(state.logged && state.huge);
+    // Against a fault that collapses, disabling only leaves: two that collapse do not end in loom.
+    options.collapse_on_disable = !ops.contains(&Op::Collapse);
     let log = LogOptions { initially_set: state.all_set, ..LogOptions::default() };
     let (world, mut vcpus, slots) = World::<F>::with(options, log);
     let slots = Arc::new(Mutex::new(slots));
