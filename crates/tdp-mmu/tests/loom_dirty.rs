@@ -113,8 +113,11 @@ fn peek_and_clear<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>) {
 fn write<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, gfn: Gfn) {
     for _ in 0..FAULTS {
         let Err(fault) = world.write(gfn) else { return };
-        // `Retry` is for the next turn.
-        let _ = take_fault(vcpu, &fault);
+        // `Retry` is for the next turn; and so is what another thread is in the middle of, such as
+        // a table that is unlinked and not frozen yet, whose entry permits the write.
+        if take_fault(vcpu, &fault) != FaultOutcome::Fixed {
+            thread::yield_now();
+        }
     }
     panic!("{gfn} cannot be written");
 }
@@ -220,8 +223,9 @@ fn body<F: Modelled>(dirty: DirtyTracking, state: State, ops: [Op; 2]) {
     options.dirty = dirty;
     // So that a huge leaf can be met in a slot that is logged.
     options.eager_split = !(state.logged && state.huge);
-    // Against a fault that collapses, disabling only leaves: two that collapse do not end in loom.
-    options.collapse_on_disable = !ops.contains(&Op::Collapse);
+    // Beside a fault that collapses, or one that has to make each page writable, disabling leaves
+    // the tables as they are: with its own collapse these do not end within minutes.
+    options.collapse_on_disable = dirty == DirtyTracking::DirtyBit && !ops.contains(&Op::Collapse);
     let log = LogOptions { initially_set: state.all_set, ..LogOptions::default() };
     let (world, mut vcpus, slots) = World::<F>::with(options, log);
     let slots = Arc::new(Mutex::new(slots));
