@@ -22,7 +22,7 @@ use mmu_core::spte::{Capabilities, Ept, Npt, SpteFormat};
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 use mmu_core::vm::Actor;
 use mmu_model::{AccessKind, Caches, FaultKind, Random, SoftCpu};
-use tdp_mmu::{DirtyTracking, TdpMmu, TdpOptions, TdpVcpu};
+use tdp_mmu::{DirtyTracking, LogError, TdpMmu, TdpOptions, TdpVcpu};
 
 /// Across two blocks of 2 MiB, neither end at a word's.
 const BEGIN: u64 = M2 - 41;
@@ -316,4 +316,58 @@ fn the_rings_of_a_running_guest_make_up_its_memory() {
         let log = LogOptions { bitmap: false, ring, initially_set: false };
         run::<Ept>(Capabilities::ept(), tracking, log);
     }
+}
+
+/// Calls on the log of a slot that comes, moves, and goes: what they find may be the slot of
+/// before, which costs the answer, not the VM.
+#[test]
+fn a_slot_may_change_under_a_harvest() {
+    let mut guest = Guest::<Ept>::new(Capabilities::ept());
+    guest.host().record(false);
+    guest.host().set_resolver(linear(Level::L2));
+    let stop = AtomicBool::new(false);
+    let mmu = Arc::clone(&guest.mmu);
+    let (mut harvests, mut refused) = (0, 0);
+    let mut guest = std::thread::scope(|scope| {
+        let (mmu, stop) = (&mmu, &stop);
+        let changer = scope.spawn(|| {
+            let _stop = StopOnDrop(stop);
+            let mut random = Random::new(5);
+            while !stop.load(Ordering::Acquire) {
+                let base = BASE + random.below(3) * 4 * M2 + 7;
+                let on = random.chance(3, 4);
+                let flags = if on { SlotFlags::LOG_DIRTY } else { SlotFlags::empty() };
+                guest.slot(0, base, 2 * M2, DATA + 7, flags);
+                let pages = (0..8).map(|n| base + n * 100);
+                guest.map(pages, AccessKind::Write, Level::L2);
+                if random.chance(1, 4) {
+                    guest.slot(0, base, 0, 0, SlotFlags::empty());
+                }
+            }
+            guest
+        });
+        let _stop = StopOnDrop(stop);
+        let mut actor = mmu.vm().actor().expect("room");
+        let mut words = vec![0; 16];
+        let start = Instant::now();
+        while start.elapsed() < TIME && !stop.load(Ordering::Acquire) {
+            let harvest = mmu.harvest_log(&mut actor, 0, 0, &mut words);
+            let peek = mmu.peek_log(&mut actor, 0, 0, &mut words);
+            let clear = mmu.clear_log(&mut actor, (0, 0), 64, 128, &[u64::MAX; 2]);
+            for result in [harvest, peek, clear] {
+                match result {
+                    Ok(_) => harvests += 1,
+                    Err(LogError::NoSuchSlot { .. } | LogError::NotLogged { .. }) => refused += 1,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+        drop(actor);
+        stop.store(true, Ordering::Release);
+        changer.join().expect("no panic")
+    });
+    drop(mmu);
+    guest.check();
+    guest.finish();
+    assert!(harvests > 0 && refused > 0, "{harvests} {refused}");
 }

@@ -278,7 +278,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// are 0. A write after the call finds its bit clear and sets it again, flush included; read
     /// the pages after the call.
     ///
-    /// Serialise with changes of the slot.
+    /// Serialise with changes of the slot: a harvest that began before a move protects the slot's
+    /// old place, and takes marks of its new one.
     ///
     /// # Errors
     /// [`LogError`]; nothing changed.
@@ -438,7 +439,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// Read the pages after this call (KVM row 3.47). Entries that the consumer has not marked
     /// stay.
     ///
-    /// What the consumer wrote into the ring is not trusted: the pages are those that were pushed.
+    /// Serialise with changes of the slots. What the consumer wrote into the ring is not trusted:
+    /// the pages are those that were pushed.
     ///
     /// # Errors
     /// [`LogError::NoRings`], [`LogError::ResetBusy`] while another thread is at it; rings before
