@@ -5,11 +5,12 @@ mod common;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 
-use common::{BASE, Batch, Guest, M2, range};
+use common::{BASE, Batch, DATA, Guest, M2, no_ad, range, request};
 use mmu_core::access::Access;
 use mmu_core::addr::Level;
 use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::frame::CACHE_CAPACITY;
+use mmu_core::slot::{SlotFlags, SlotRequest};
 use mmu_core::spte::{Capabilities, Ept};
 use mmu_model::AccessKind::{Fetch, Write};
 
@@ -75,14 +76,39 @@ fn a_cache_refuses_more_frames_than_it_holds_and_keeps_what_it_had() {
 /// Where entries are access-tracked, a prefaulted leaf is not writable, so nothing in it says that
 /// the small pages it replaced were written.
 #[test]
-fn a_prefaulted_huge_page_keeps_what_was_written_before_it() {
-    let tracking = Capabilities { accessed_dirty: false, ..Capabilities::ept() };
-    let mut guest = Guest::<Ept>::with_memory(tracking, M2, Level::L2);
+fn a_prefaulted_huge_page_keeps_what_was_used_and_written_before_it() {
+    for capabilities in [Capabilities::ept(), no_ad(Capabilities::ept())] {
+        prefaulted_huge_page(capabilities);
+    }
+}
+
+fn prefaulted_huge_page(capabilities: Capabilities) {
+    let mut guest = Guest::<Ept>::with_memory(capabilities, M2, Level::L2);
     guest.map([BASE + 1], Write, Level::L1);
     let huge = PageFault::prefetch(common::gpa(BASE + 1), Access::READ).at_most(Level::L2);
     assert_eq!(guest.vcpu.fault(&huge), Ok(FaultOutcome::Fixed));
     assert_eq!(guest.entry(BASE + 1).0, Level::L2);
     let all = guest.unmap(range(BASE, BASE + M2));
-    assert_eq!((all.leaves, all.young, all.dirty), ([0, 1, 0], 0, M2));
+    assert_eq!((all.leaves, all.young, all.dirty), ([0, 1, 0], M2, M2));
+    guest.finish();
+}
+
+/// The set that is not live kept the log until the slots changed again.
+#[test]
+fn the_memory_of_a_log_goes_when_logging_ends_or_the_slot_does() {
+    let mut guest = Guest::<Ept>::with_memory(Capabilities::ept(), M2, Level::L1);
+    let logged = request(0, BASE, M2, DATA, SlotFlags::LOG_DIRTY);
+    let plain = request(0, BASE, M2, DATA, SlotFlags::empty());
+    let gone = SlotRequest { bytes: 0, ..plain };
+    for end in [plain, gone] {
+        let _ = guest.set_slot(&logged).expect("legal");
+        let weak = {
+            let writer = guest.slots.lock().unwrap();
+            let meta = writer.live().meta(0, 0).expect("logged");
+            Arc::downgrade(meta.log().expect("logged"))
+        };
+        let _ = guest.set_slot(&end).expect("legal");
+        assert_eq!(weak.strong_count(), 0, "{end:?}");
+    }
     guest.finish();
 }

@@ -255,7 +255,10 @@ impl Map {
         self.below
             .retain(|&(at, level, gfn)| at != fault.space || level > goal || !whole.contains(&gfn));
         self.mmio.retain(|&(at, gfn)| at != fault.space || !whole.contains(&gfn));
-        // Smaller pages in the way make place.
+        // Smaller pages in the way make place; what they say of their use stays.
+        if space.range(whole.clone()).any(|(_, leaf)| leaf.level < goal && leaf.accessed) {
+            (new.accessed, new.tracked) = (true, false);
+        }
         space.retain(|at, _| !(first..first + pages(goal)).contains(at));
         space.insert(first, new);
         Outcome::Fixed

@@ -405,7 +405,7 @@ impl<H: Host> VmCore<H> {
         })?;
         // Before the counts can be reached, so whoever reaches them finds that faults look.
         writer.track_writes();
-        writer.publish(&mut actor.participant, &self.notify);
+        self.publish(writer, actor);
         Ok(())
     }
 
@@ -461,6 +461,9 @@ impl<H: Host> VmCore<H> {
     fn publish(&self, writer: &mut SlotWriter, actor: &mut Actor<H>) {
         let start = self.now();
         writer.publish(&mut actor.participant, &self.notify);
+        // Nobody reads the former set any more: logs that are gone from the new one go now, not
+        // with the next change.
+        writer.spare().forget_metas();
         self.took(actor.participant.index(), Wait::Publication, start);
     }
 }

@@ -43,7 +43,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return Ok(ZapReport::default());
         };
         let vm = self.vm();
-        let invalidation = vm.notify().begin(actor.participant(), range);
+        let invalidation = vm.invalidate(actor.participant(), range);
         let report = self.unmap_in(actor, &invalidation, range);
         change.commit(actor.participant(), &invalidation);
         drop(invalidation);

@@ -79,26 +79,33 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         pass.report
     }
 
-    /// The leaf at `level` for `first` took the place of the link `old`, in this section: take the
-    /// table apart and owe the flush (row 0.2.7). What was mapped below.
+    /// The leaf `leaf` at `level` for `gfn` took the place of the link `old`, in this section: take
+    /// the table apart, owe the flush (row 0.2.7), and add what the leaf does not say.
     #[cold]
     pub(crate) fn replace_table(
         &self,
         change: &Change<'_, F, H>,
-        old: Spte,
+        root: FoundRoot,
+        (old, leaf): (Spte, Spte),
         gfn: Gfn,
         level: Level,
         debt: &mut FlushDebt,
-    ) -> ZapReport {
+    ) {
         change.stats.inc(Counter::Collapses);
-        let gfn = gfn.align_down(level);
-        change.trace(|| Event::Collapse { gfn, level });
-        change.owe(debt, GfnRange::entry(gfn, level));
+        let pages = GfnRange::entry(gfn, level);
+        change.trace(|| Event::Collapse { gfn: pages.start, level });
+        change.owe(debt, pages);
         let mut gone = ZapReport::default();
         if let Some(below) = level.down() {
             change.remove_table(self.config().pfn(old), below, debt, &mut gone);
         }
-        gone
+        let used = Used {
+            young: gone.young != 0 && !change.config.is_accessed(leaf),
+            dirty: gone.dirty != 0 && !change.config.is_dirty(leaf),
+        };
+        if used.young || used.dirty {
+            used.add(change, root, pages);
+        }
     }
 
     /// Must a leaf at `level` leave the table alone that `link`, the entry there, leads to? One
@@ -353,14 +360,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
         if change.set(cell, old, leaf, gfn, level).is_err() {
             return Try::Raced;
         }
-        let gone = self.mmu.replace_table(&change, old, gfn, level, &mut self.debt);
-        let used = Used {
-            young: gone.young != 0 && !change.config.is_accessed(leaf),
-            dirty: gone.dirty != 0 && !change.config.is_dirty(leaf),
-        };
-        if used.young || used.dirty {
-            used.add(&change, root, pages);
-        }
+        self.mmu.replace_table(&change, root, (old, leaf), gfn, level, &mut self.debt);
         Try::Collapsed
     }
 }
@@ -402,7 +402,8 @@ fn huge_leaf<F: SpteFormat>(
     Some(if tracked { config.age(leaf) } else { leaf })
 }
 
-/// What CPUs noted in the entries of a table after its leaf had been made.
+/// What the entries of a table said that its leaf does not: CPUs may have noted it after the leaf
+/// was made, and a prefaulted leaf says nothing of use.
 struct Used {
     young: bool,
     dirty: bool,

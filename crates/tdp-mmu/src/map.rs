@@ -27,7 +27,7 @@ use crate::fast::FastPath;
 use crate::mmu::TdpMmu;
 use crate::recent::Recent;
 use crate::resolve::{Resolved, Wish};
-use crate::root::RootRef;
+use crate::root::{FoundRoot, RootRef};
 use crate::vcpu::TdpVcpu;
 
 /// Compare-exchanges that one fault may lose before it gives up its section and lets the vCPU try
@@ -297,8 +297,12 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 && (fault.prefetch || change.config.permits(old, fault.access))
             {
                 return Ok(FaultOutcome::Spurious);
-            } else if let Some(result) = self.change_leaf(&change, cell, old, &fault, debt) {
-                return result;
+            } else {
+                let root = FoundRoot { frame: root.frame, role: root.role };
+                let done = self.change_leaf(&change, root, cell, old, &fault, debt);
+                if let Some(result) = done {
+                    return result;
+                }
             }
             if lost == MAX_LOST {
                 return Ok(FaultOutcome::Retry);
@@ -372,6 +376,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     fn change_leaf(
         &self,
         change: &Change<'_, F, H>,
+        root: FoundRoot,
         cell: &SpteCell,
         old: Spte,
         fault: &Wish,
@@ -409,7 +414,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if old.is_table(level) {
             // In the same section, see `collapse`.
             let debt = debt.get_or_insert_default();
-            let _ = self.replace_table(change, old, fault.gfn, level, debt);
+            self.replace_table(change, root, (old, new), fault.gfn, level, debt);
         }
         Some(Ok(FaultOutcome::Fixed))
     }

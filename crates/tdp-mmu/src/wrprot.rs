@@ -105,7 +105,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let vm = self.vm();
         let range = GfnRange::from_len(gfn, 1);
         // No slot changes before it ends, so the counts are still the slot's when it does.
-        let invalidation = vm.notify().begin(actor.participant(), range);
+        let invalidation = vm.invalidate(actor.participant(), range);
         let track = self.track_of(actor, space, gfn)?;
         let _ = track.track(gfn).map_err(TrackWriteError::Count)?;
         // Also when it was tracked already: who did that may not have come this far.
@@ -160,7 +160,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     ) -> bool {
         let vm = self.vm();
         let range = GfnRange::from_len(gfn, 1);
-        let invalidation = vm.notify().begin(actor.participant(), range);
+        let invalidation = vm.invalidate(actor.participant(), range);
         let found = self.write_protect_in(actor, &invalidation, Spaces::One(space), gfn, min_level);
         drop(invalidation);
         found

@@ -365,6 +365,12 @@ impl Memslots {
         self.metas.clone_from(&other.metas);
     }
 
+    /// Let go of what the slots carry, but not of the memory for it: of a set that waits to be
+    /// overwritten.
+    pub(crate) fn forget_metas(&mut self) {
+        self.metas.clear();
+    }
+
     /// Give the slot `id` of a space other parts. Allocates only when nothing was reserved by
     /// [`reserve_like`](Self::reserve_like).
     ///

@@ -132,16 +132,12 @@ impl<F: SpteFormat> SpteConfig<F> {
     }
 
     /// `new`, which replaces the leaf `old` of the same frame, with the W and D of the old one:
-    /// what the guest wrote stays known, and what it may write it may go on writing. Unchanged
-    /// where `new` may not be writable.
+    /// what the guest wrote stays known (invariant I8), and what it may write it may go on writing.
     #[inline]
     #[must_use]
     pub const fn keep_writes(&self, old: Spte, new: Spte) -> Spte {
-        if self.is_mmu_writable(new) && self.is_mmu_writable(old) {
-            new.with(old.raw() & (F::WRITABLE | F::DIRTY))
-        } else {
-            new
-        }
+        let both = self.is_mmu_writable(new) && self.is_mmu_writable(old);
+        new.with(old.raw() & (F::DIRTY | when(both, F::WRITABLE)))
     }
 
     /// The leaf so that its next write faults, for a dirty log: W clear, everything else as it

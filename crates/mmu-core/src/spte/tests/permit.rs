@@ -182,3 +182,26 @@ fn nested_and_legacy_leaves_name_no_memory_type() {
     run::<Npt>(Capabilities::npt());
     run::<Legacy>(Capabilities::legacy());
 }
+
+struct Kept;
+
+impl ForFormat for Kept {
+    /// Also where neither leaf may be written any more: a page that is write-tracked was written
+    /// before it was.
+    fn run<F: Rules>(&mut self) {
+        for config in variants::<F>() {
+            let new = LeafSpec { mmu_writable: false, ..LeafSpec::new(Pfn::new(3), Level::L1) };
+            let written = config.leaf(&LeafSpec::new(Pfn::new(3), Level::L1));
+            for old in [written, config.write_protected(written)] {
+                let kept = config.keep_writes(old, config.leaf(&new));
+                assert!(config.is_dirty(old) && config.is_dirty(kept), "{old:?} {kept:?}");
+                assert!(!config.is_writable(kept), "{kept:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_leaf_that_replaces_a_written_one_says_so() {
+    each_format(&mut Kept);
+}
