@@ -13,6 +13,8 @@
 mod age;
 #[path = "rows/catalogue.rs"]
 mod catalogue;
+#[path = "rows/dirty.rs"]
+mod dirty;
 #[path = "rows/fault.rs"]
 mod fault;
 #[path = "rows/harness.rs"]

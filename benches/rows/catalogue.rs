@@ -2,7 +2,7 @@
 //! who measures them. Definitions and reasons: `docs/PERFORMANCE.md`.
 
 use crate::harness::Bench;
-use crate::{age, fault, limits, pair, stall, tib, walk, zap};
+use crate::{age, dirty, fault, limits, pair, stall, tib, walk, zap};
 
 /// One figure.
 pub struct Row {
@@ -80,6 +80,29 @@ pub const FAMILIES: &[Family] = &[
         ],
         run: fault::fast,
     },
+    Family {
+        rows: &[
+            new("wrprot", NS).target(6.0).kvm(8.7),
+            new("wrprot_idle", NS).target(0.4).kvm(2.2),
+            new("clear_dirty", NS).target(6.0).kvm(8.7),
+            new("clear_dirty_idle", NS).target(0.4).kvm(2.5),
+        ],
+        run: dirty::protect,
+    },
+    Family {
+        rows: &[
+            new("clear_log64", NS).target(6.0).kvm(3.8),
+            new("fast_fault_log", NS).target(12.0).kvm(26.7),
+        ],
+        run: dirty::log,
+    },
+    Family {
+        rows: &[
+            new("split", "ns/table").target(200.0).kvm(1269.0),
+            new("collapse", "ns/table").target(300.0).kvm(6462.0),
+        ],
+        run: dirty::sizes,
+    },
     Family { rows: &[new("unmap_range", NS).target(6.0).kvm(10.3)], run: zap::range },
     Family {
         rows: &[
@@ -136,11 +159,6 @@ pub const FAMILIES: &[Family] = &[
 /// Rows whose operation is not built.
 pub const NOT_YET: &[&str] = &[
     "populate_bulk",
-    "wrprot",
-    "clear_dirty",
-    "clear_log64",
-    "split",
-    "collapse",
     "shadow_fault",
     "shadow_fault_prefetch",
     "rmap_add_remove",

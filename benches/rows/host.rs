@@ -17,7 +17,7 @@ use mmu_core::slot::{Memslot, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::{Capabilities, Ept, Spte, SpteConfig, SpteFormat};
 use mmu_core::traits::{HostPage, PfnResolver, ResolveError, TlbFlush, Trace};
 use mmu_core::vm::{Actor, VmCore};
-use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
+use tdp_mmu::{DirtyTracking, TdpMmu, TdpOptions, TdpVcpu};
 
 const PAGE: u64 = 4096;
 const HUGE: usize = 2 << 20;
@@ -165,11 +165,22 @@ pub struct Shape {
     pub accessed_dirty: bool,
     /// Threads that may use it.
     pub participants: usize,
+    /// There are frames to map everything by pages of this size.
+    pub smallest: Level,
+    /// How writes to logged slots are noticed.
+    pub dirty: DirtyTracking,
 }
 
 impl Shape {
     pub fn new(pages: u64) -> Self {
-        Self { pages, level: Level::L1, accessed_dirty: true, participants: 16 }
+        Self {
+            pages,
+            level: Level::L1,
+            accessed_dirty: true,
+            participants: 16,
+            smallest: Level::MAX_LEAF,
+            dirty: DirtyTracking::WriteProtect,
+        }
     }
 }
 
@@ -178,13 +189,13 @@ pub struct Vm {
     pub mmu: Arc<TdpMmu<Ept, BenchHost>>,
     pub vcpu: TdpVcpu<Ept, BenchHost>,
     pub pages: u64,
-    _slots: SlotWriter,
+    slots: SlotWriter,
 }
 
 impl Vm {
     pub fn new(shape: Shape) -> Self {
-        let Shape { pages, level, accessed_dirty, participants } = shape;
-        let leaves = pages.div_ceil(level.table_pages());
+        let Shape { pages, level, accessed_dirty, participants, smallest, dirty } = shape;
+        let leaves = pages.div_ceil(level.min(smallest).table_pages());
         // Upper tables, and what caches hold.
         let frames = leaves + leaves / 256 + 256 + 40 * participants.min(8) as u64;
         let host = BenchHost::new(frames, level);
@@ -193,24 +204,32 @@ impl Vm {
         let limits = SlotLimits::new(1, config.max_gfn_exclusive());
         let (core, mut slots) =
             VmCore::new(host, participants, limits, std::thread::yield_now).expect("memory");
-        let mmu = TdpMmu::new(core, config, TdpOptions::default());
+        let mut options = TdpOptions::default();
+        options.dirty = dirty;
+        let mmu = TdpMmu::new(core, config, options);
         let mut actor = mmu.vm().actor().expect("room");
         // A slot may have up to 8 TiB minus a page.
         let most = 1 << 30;
         for (id, first) in (0..pages).step_by(most).enumerate() {
-            let request = SlotRequest {
-                as_id: 0,
-                id: id as u16,
-                base: Gpa::new(first * PAGE),
-                bytes: (pages - first).min(most as u64) * PAGE,
-                hva: Hva::new((DATA + first) * PAGE),
-                flags: SlotFlags::empty(),
-            };
+            let request = request(id as u16, first, (pages - first).min(most as u64));
             let _ = mmu.set_slot(&mut slots, &mut actor, &request).expect("a good slot");
         }
         let mut vcpu = TdpVcpu::new(&mmu, 0).expect("room");
         vcpu.load_root().expect("frames");
-        Self { mmu, vcpu, pages, _slots: slots }
+        Self { mmu, vcpu, pages, slots }
+    }
+
+    /// Log writes to all guest memory, which is one slot.
+    pub fn log(&mut self) {
+        self.log_first(self.pages);
+    }
+
+    /// Log writes to the first `pages` pages.
+    pub fn log_first(&mut self, pages: u64) {
+        let request = SlotRequest { flags: SlotFlags::LOG_DIRTY, ..request(0, 0, self.pages) };
+        let actor = self.vcpu.actor();
+        let change = self.mmu.set_slot_logging(&mut self.slots, actor, &request, 0..pages);
+        let _ = change.expect("a slot that can be logged");
     }
 
     /// Another vCPU.
@@ -230,6 +249,11 @@ impl Vm {
         GfnRange::new(Gfn::new(0), Gfn::new(self.pages))
     }
 
+    /// The first `pages` pages.
+    pub fn first(&self, pages: u64) -> GfnRange {
+        GfnRange::from_len(Gfn::new(0), pages)
+    }
+
     /// Drop every mapping and load a new root.
     pub fn reset(&mut self) {
         let zap = self.mmu.invalidate_roots(self.vcpu.actor());
@@ -240,6 +264,12 @@ impl Vm {
     /// Map everything.
     pub fn populate(&mut self) {
         map(&mut self.vcpu, 0..self.pages);
+    }
+
+    /// Map everything, by 2 MiB pages.
+    pub fn populate_huge(&mut self) {
+        let step = Level::L2.pages();
+        map(&mut self.vcpu, (0..self.pages / step).map(|page| page * step));
     }
 
     /// Frames of the level-1 tables, in the order of their gfns.
@@ -273,6 +303,22 @@ impl Vm {
         self.change_leaves(tables, |leaf| leaf.without(Ept::WRITABLE));
     }
 
+    /// Every page was written: its leaf is writable and dirty.
+    pub fn make_written(&self, tables: &[Pfn]) {
+        self.change_leaves(tables, |leaf| leaf.with(Ept::WRITABLE | Ept::DIRTY));
+    }
+
+    /// Would the next write to every page be noticed?
+    pub fn is_armed(&self, tables: &[Pfn]) -> bool {
+        let told = match self.mmu.dirty_tracking() {
+            DirtyTracking::WriteProtect => Ept::WRITABLE,
+            DirtyTracking::DirtyBit | DirtyTracking::HardwareLog => Ept::DIRTY,
+        };
+        let host = self.mmu.vm().host();
+        let mut cells = tables.iter().flat_map(|frame| raw::table(host, *frame).entries());
+        cells.all(|cell| !cell.peek().has(told))
+    }
+
     fn change_leaves(&self, tables: &[Pfn], mut change: impl FnMut(Spte) -> Spte) {
         let host = self.mmu.vm().host();
         for cell in tables.iter().flat_map(|frame| raw::table(host, *frame).entries()) {
@@ -287,6 +333,18 @@ impl Vm {
     pub fn evict(&self) {
         let provided = self.mmu.vm().pool().frames_provided();
         self.mmu.vm().host().block.evict((provided * PAGE) as usize);
+    }
+}
+
+/// A slot of `pages` pages from page `first` on.
+fn request(id: u16, first: u64, pages: u64) -> SlotRequest {
+    SlotRequest {
+        as_id: 0,
+        id,
+        base: Gpa::new(first * PAGE),
+        bytes: pages * PAGE,
+        hva: Hva::new((DATA + first) * PAGE),
+        flags: SlotFlags::empty(),
     }
 }
 

@@ -8,6 +8,7 @@ use mmu_core::fault::FaultOutcome;
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 
 use crate::age::Bitmap;
+use crate::dirty::{collapse, split};
 use crate::harness::Random;
 use crate::host::{Shape, Vm, expect, forbidden_write, map, write};
 use crate::walk::{look, look_batch, look_once};
@@ -31,6 +32,11 @@ pub const NAMES: &[&str] = &[
     "walk_rand",
     "walk_batch16",
     "walk_one",
+    "wrprot",
+    "clear_log64",
+    "fast_fault_log",
+    "split",
+    "collapse",
 ];
 
 /// Pages that exist, however many are used.
@@ -45,13 +51,14 @@ pub fn run(row: &str, count: u64) -> Result<(), String> {
         return Err(format!("{count} operations: at most {PAGES}"));
     }
     let level = match row {
-        "fault_2m" => Level::L2,
+        "fault_2m" | "split" | "collapse" => Level::L2,
         "fault_1g" => Level::L3,
         _ => Level::L1,
     };
     let shape = Shape::new(PAGES * level.pages());
     let accessed_dirty = row != "fast_fault_tracked";
-    let mut vm = Vm::new(Shape { level, accessed_dirty, ..shape });
+    let smallest = if level == Level::L2 { Level::L1 } else { level };
+    let mut vm = Vm::new(Shape { level, accessed_dirty, smallest, ..shape });
     let order = Random::new(5).permutation(PAGES);
     if row.starts_with("fault") {
         match row {
@@ -62,9 +69,48 @@ pub fn run(row: &str, count: u64) -> Result<(), String> {
         }
         return Ok(());
     }
-    vm.populate();
-    on_mapped(row, &mut vm, &order, count);
+    match row {
+        "split" | "collapse" => vm.populate_huge(),
+        "clear_log64" | "fast_fault_log" => {
+            vm.log();
+            vm.populate();
+        }
+        _ => vm.populate(),
+    }
+    match row {
+        "wrprot" | "clear_log64" | "fast_fault_log" | "split" | "collapse" => {
+            logged(row, &mut vm, count);
+        }
+        _ => on_mapped(row, &mut vm, &order, count),
+    }
     Ok(())
+}
+
+fn logged(row: &str, vm: &mut Vm, count: u64) {
+    let mut words = vec![u64::MAX; (PAGES / 64) as usize];
+    match row {
+        "wrprot" => vm.log_first(count),
+        "clear_log64" => {
+            for (first, word) in (0..PAGES).step_by(64).zip(&mut words) {
+                let left = count.saturating_sub(first).min(64);
+                *word = if left == 64 { u64::MAX } else { (1 << left) - 1 };
+            }
+            let done = vm.mmu.clear_log(vm.vcpu.actor(), (0, 0), 0, PAGES, &words);
+            assert_eq!(done.expect("a logged slot").pages, count);
+        }
+        "fast_fault_log" => {
+            let done = vm.mmu.clear_log(vm.vcpu.actor(), (0, 0), 0, PAGES, &words);
+            assert_eq!(done.expect("a logged slot").pages, PAGES);
+            for gfn in 0..count {
+                expect(vm.vcpu.fault(&forbidden_write(gfn)), FaultOutcome::Fixed);
+            }
+        }
+        "split" => split(vm, count),
+        _ => {
+            split(vm, PAGES);
+            collapse(vm, count);
+        }
+    }
 }
 
 fn on_mapped(row: &str, vm: &mut Vm, order: &[u32], count: u64) {

@@ -190,7 +190,7 @@ impl<H: Host> Actor<H> {
         } else {
             vm.lock().shared(participant)
         };
-        SharedWork { section, cache, vm, stats, slot: slot.as_ref() }
+        SharedWork { section, cache, vm, stats, slot }
     }
 
     /// Pin the epoch only: for lookups, aging and fast faults, which take no lock.
@@ -198,7 +198,7 @@ impl<H: Host> Actor<H> {
     pub fn pinned(&mut self) -> PinnedWork<'_, H> {
         let Self { vm, participant, slot, .. } = self;
         let stats = vm.stats().shard(participant.index());
-        PinnedWork { section: participant.pin(), vm, stats, slot: slot.as_ref() }
+        PinnedWork { section: participant.pin(), vm, stats, slot }
     }
 
     /// Take a frame that [`top_up`](Self::top_up) provided.
@@ -325,7 +325,7 @@ pub struct SharedWork<'a, H: Host> {
     /// The thread's statistics.
     pub stats: &'a StatsShard,
     /// The slot of the last [`Actor::keep_slot`].
-    pub slot: Option<&'a SlotCopy>,
+    pub slot: &'a Option<SlotCopy>,
 }
 
 /// An open epoch section and its tools.
@@ -338,7 +338,7 @@ pub struct PinnedWork<'a, H: Host> {
     /// The thread's statistics.
     pub stats: &'a StatsShard,
     /// The slot of the last [`Actor::keep_slot`].
-    pub slot: Option<&'a SlotCopy>,
+    pub slot: &'a Option<SlotCopy>,
 }
 
 impl<H: Host> Drop for Actor<H> {

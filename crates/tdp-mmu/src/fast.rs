@@ -74,7 +74,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return FastPath::Slow;
         }
         let work = actor.pinned();
-        let Some(kept) = work.slot else { return FastPath::Slow };
+        let Some(kept) = work.slot.as_ref() else { return FastPath::Slow };
         let flags = kept.slot().flags;
         let config = self.config();
         if !self.roots().is_valid(root) || work.vm.slots().generation() != kept.generation() {

@@ -177,7 +177,8 @@ impl LeafCache {
         }
         // The frame's bits are 0 in the template, encryption bits excepted, which no frame below
         // the limit has; and what is no entry at all (INVALID) stays none.
-        self.template.with(pfn.align_down(level).address().get())
+        let first = if level == Level::L1 { pfn } else { pfn.align_down(level) };
+        self.template.with(first.address().get())
     }
 
     #[cold]

@@ -208,33 +208,32 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             return Ok(FaultOutcome::Retry);
         }
         let unlinked = vm.pool().unlinked();
-        let level = fault.goal;
-        if let Some(frame) = recent.table_at(fault.gfn, level, unlinked) {
-            let change = self.change(vm, stats, section.epoch(), root.role.space());
-            let table = vm.pool().table(section.epoch(), frame);
-            let cell = table.cell(fault.gfn, level);
-            let old = cell.load();
-            if old.is_leaf(level) {
-                if fault.prefetch || change.config.permits(old, fault.access) {
-                    // The usual ends are counted here, where the outcome is still a constant.
-                    *counted = true;
-                    stats.inc(Counter::PfTaken);
-                    stats.inc(Counter::PfSpurious);
-                    return Ok(FaultOutcome::Spurious);
-                }
-            } else if !old.is_mmu_present()
-                && !old.is_frozen()
-                && change.map(cell, old, fault.leaf, fault.gfn, level)
-            {
+        let change = self.change(vm, stats, section.epoch(), root.role.space());
+        // Twice, so that for the usual level what depends on it is a constant.
+        let done = if fault.goal == Level::L1 {
+            install_near(&change, recent, unlinked, &fault, Level::L1)
+        } else {
+            install_near(&change, recent, unlinked, &fault, fault.goal)
+        };
+        match done {
+            // The usual ends are counted here, where the outcome is still a constant.
+            Near::Fixed => {
                 if fault.mark {
-                    self.mark_write(slot, vm.ring_of(section.epoch()), stats, fault.gfn);
+                    self.mark_write(slot.as_ref(), vm.ring_of(section.epoch()), stats, fault.gfn);
                 }
                 *counted = true;
                 stats.inc(Counter::PfTaken);
                 stats.inc(Counter::PfFixed);
                 return Ok(FaultOutcome::Fixed);
             }
-            // Anything else is rare enough to look at from the root.
+            Near::Spurious => {
+                *counted = true;
+                stats.inc(Counter::PfTaken);
+                stats.inc(Counter::PfSpurious);
+                return Ok(FaultOutcome::Spurious);
+            }
+            // Rare enough to look at from the root.
+            Near::Walk => {}
         }
         // Put together here, so that the usual fault keeps it in registers.
         let Wish { gfn, access, prefetch, goal, nx_wanted, leaf, mark } = fault;
@@ -242,7 +241,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let tools = Tools { section: &section, cache, vm, stats };
         let outcome = self.install_by_walk(tools, recent, unlinked, root, &fault, debt);
         if mark && outcome == Ok(FaultOutcome::Fixed) {
-            self.mark_write(slot, vm.ring_of(section.epoch()), stats, gfn);
+            self.mark_write(slot.as_ref(), vm.ring_of(section.epoch()), stats, gfn);
         }
         outcome
     }
@@ -445,6 +444,35 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         };
         Some(Ok(outcome))
     }
+}
+
+/// What came of a look at the table of the last fault.
+enum Near {
+    Fixed,
+    Spurious,
+    Walk,
+}
+
+/// Install the page in the table of the last fault, if that has the entry and maps nothing there.
+/// `level` is the goal.
+#[inline(always)]
+fn install_near<F: SpteFormat, H: Host>(
+    change: &Change<'_, F, H>,
+    recent: &Recent,
+    unlinked: u64,
+    fault: &Wish,
+    level: Level,
+) -> Near {
+    let Some(frame) = recent.table_at(fault.gfn, level, unlinked) else { return Near::Walk };
+    let cell = change.pool().table(change.section, frame).cell(fault.gfn, level);
+    let old = cell.load();
+    if old.is_leaf(level) {
+        let enough = fault.prefetch || change.config.permits(old, fault.access);
+        return if enough { Near::Spurious } else { Near::Walk };
+    }
+    let free = !old.is_mmu_present() && !old.is_frozen();
+    let done = free && change.map(cell, old, fault.leaf, fault.gfn, level);
+    if done { Near::Fixed } else { Near::Walk }
 }
 
 /// A frame that lost its race goes back where it came from (INVARIANT[I22]).

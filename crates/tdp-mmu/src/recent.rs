@@ -22,17 +22,17 @@ use mmu_core::sync::ENTRY_BITS;
 /// A table, by frame, and when it was linked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Recent {
-    /// gfns of the table, without the bits below its reach.
-    base: u64,
-    level: Level,
+    /// What the gfns of the table have in common, and its level: see [`place`].
+    place: u64,
     frame: Pfn,
     unlinked: u64,
+    level: Level,
 }
 
 impl Recent {
-    /// None: no table has this gfn.
+    /// None: no table has this place.
     pub(crate) const NONE: Self =
-        Self { base: u64::MAX, level: Level::L1, frame: Pfn::new(0), unlinked: 0 };
+        Self { place: u64::MAX, frame: Pfn::new(0), unlinked: 0, level: Level::L1 };
 
     /// The table that has the entry for `gfn`, or leads to it. `unlinked` was read in this section.
     #[inline(always)]
@@ -43,23 +43,25 @@ impl Recent {
     /// The same, if it is a table of `level`.
     #[inline(always)]
     pub(crate) fn table_at(&self, gfn: Gfn, level: Level, unlinked: u64) -> Option<Pfn> {
-        let same = self.base == base(gfn, level) && self.level == level;
+        // Not one after the other: they agree, as a rule.
+        let differs = self.place ^ place(gfn, level);
         #[cfg(not(busted = "trust_recent_table"))]
-        let same = same && self.unlinked == unlinked;
+        let differs = differs | (self.unlinked ^ unlinked);
         #[cfg(busted = "trust_recent_table")]
         let _ = (self.unlinked, unlinked);
-        same.then_some(self.frame)
+        (differs == 0).then_some(self.frame)
     }
 
     /// A walk ended in the table in `frame`. `unlinked` was read in this section, before the walk.
     #[inline(always)]
     pub(crate) fn note(&mut self, gfn: Gfn, (frame, level): (Pfn, Level), unlinked: u64) {
-        *self = Self { base: base(gfn, level), level, frame, unlinked };
+        *self = Self { place: place(gfn, level), frame, unlinked, level };
     }
 }
 
-/// What the gfns of a table at `level` have in common.
+/// The gfn of a table at `level` without the bits below its reach, and the level in the low bits.
+/// A gfn has at most 52 bits.
 #[inline(always)]
-const fn base(gfn: Gfn, level: Level) -> u64 {
-    gfn.get() >> (level.shift() + ENTRY_BITS)
+fn place(gfn: Gfn, level: Level) -> u64 {
+    (gfn.get() >> (level.shift() + ENTRY_BITS)) << 3 | u64::from(level.number())
 }
