@@ -7,7 +7,7 @@
 //!
 //! Who may write the same entry at the same moment, and why nothing is lost: `docs/LOCKING.md`.
 
-use mmu_core::addr::{Gfn, GfnRange, Level, Pfn, to_index, to_u64};
+use mmu_core::addr::{Gfn, GfnRange, Level, PAGE_SIZE, Pfn, to_index, to_u64};
 use mmu_core::dead::DeadReason;
 use mmu_core::epoch::EpochGuard;
 use mmu_core::flush::FlushDebt;
@@ -15,7 +15,7 @@ use mmu_core::frame::{PageTable, TablePool};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
-use mmu_core::sync::relax;
+use mmu_core::sync::{ENTRIES, relax};
 use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::VmCore;
@@ -212,8 +212,18 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         huge: Spte,
         level: Level,
     ) {
-        for (index, cell) in table.entries().iter().enumerate() {
-            cell.init(config.small_from_huge(huge, level, index));
+        let Some(below) = level.down() else { return };
+        // They differ in their address, whose low bits the first has clear.
+        let mut child = config.small_from_huge(huge, level, 0);
+        let step = below.pages() * PAGE_SIZE;
+        debug_assert!(
+            config.small_from_huge(huge, level, ENTRIES - 1)
+                == child.with(step * to_u64(ENTRIES - 1)),
+            "{huge:?}"
+        );
+        for cell in table.entries() {
+            cell.init(child);
+            child = Spte::from_raw(child.raw().wrapping_add(step));
         }
     }
 

@@ -52,18 +52,13 @@ impl Run {
 
     /// From the first page to the last.
     fn hull(&self) -> GfnRange {
-        let mut gfns = self.gfns();
-        let first = gfns.next().unwrap_or(self.start);
-        let last = gfns.last().unwrap_or(first);
-        GfnRange::new(first, last.saturating_add(1))
-    }
-
-    fn gfns(&self) -> impl Iterator<Item = Gfn> {
-        let start = self.start;
-        self.bits.iter().enumerate().flat_map(move |(index, word)| {
-            let base = start.saturating_add(to_u64(index * scan::WORD));
-            Bits(*word).map(move |bit| base.saturating_add(bit))
-        })
+        let base = |index: usize| self.start.saturating_add(to_u64(index * scan::WORD));
+        let mut words = (0..).zip(&self.bits).filter(|(_, word)| **word != 0);
+        let Some((index, word)) = words.next() else { return GfnRange::from_len(self.start, 0) };
+        let (last_index, last) = words.last().unwrap_or((index, word));
+        let first = base(index).saturating_add(u64::from(word.trailing_zeros()));
+        let end = u64::from(u64::BITS - last.leading_zeros());
+        GfnRange::new(first, base(last_index).saturating_add(end))
     }
 }
 
@@ -84,10 +79,16 @@ impl Iterator for Bits {
     }
 }
 
+/// The lowest `count` bits.
+const fn below(count: u64) -> u64 {
+    if count < scan::PAGES { (1 << count) - 1 } else { u64::MAX }
+}
+
 /// A harvest's work on the trees of one address space.
 pub(crate) struct Rearm<'m, F: SpteFormat, H: Host> {
     mmu: &'m TdpMmu<F, H>,
     space: u16,
+    tracking: DirtyTracking,
     debt: FlushDebt,
     pub(crate) report: Harvest,
 }
@@ -103,7 +104,8 @@ enum Place {
 
 impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
     pub(crate) fn new(mmu: &'m TdpMmu<F, H>, space: u16) -> Self {
-        Self { mmu, space, debt: FlushDebt::new(), report: Harvest::default() }
+        let tracking = mmu.dirty_tracking();
+        Self { mmu, space, tracking, debt: FlushDebt::new(), report: Harvest::default() }
     }
 
     /// Owe the flush of `range`, whatever is found there.
@@ -150,23 +152,35 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         let root = self.root(index)?;
         let SharedWork { section, cache, vm, stats, .. } = work;
         let change = self.mmu.change(vm, stats, section.epoch(), self.space);
-        let mut table: Option<(Gfn, Pfn)> = None;
-        for gfn in run.gfns().skip_while(|gfn| *gfn < from) {
-            let base = gfn.align_down(Level::L2);
-            let frame = match table {
-                Some((known, frame)) if known == base => frame,
-                _ => match self.find_table(&change, cache, root, gfn) {
-                    Place::Table(frame) => frame,
-                    Place::Nothing => continue,
+        let mut start = run.start;
+        for word in run.bits {
+            // The pages before `from` are done.
+            let mut todo = word & !below(from.distance_from(start));
+            while todo != 0 {
+                // A run need not begin where a table does: the part of the word in one table.
+                let gfn = start.saturating_add(u64::from(todo.trailing_zeros()));
+                let end = gfn.align_down(Level::L2).saturating_add(Level::L2.pages());
+                let here = todo & below(end.distance_from(start));
+                match self.find_table(&change, cache, root, gfn) {
+                    Place::Table(frame) => self.arm_word(&change, frame, start, here),
+                    Place::Nothing => {}
                     Place::Again => return Some(gfn),
-                },
-            };
-            table = Some((base, frame));
-            self.report.entries += 1;
-            let cell = change.pool().table(section.epoch(), frame).cell(gfn, Level::L1);
-            let _ = self.protect_leaf(&change, cell, gfn, Level::L1);
+                }
+                todo &= !here;
+            }
+            start = start.saturating_add(scan::PAGES);
         }
         None
+    }
+
+    /// Protect the pages `start + bit` of `here`, all in the level-1 table in `frame`.
+    fn arm_word(&mut self, change: &Change<'_, F, H>, frame: Pfn, start: Gfn, here: u64) {
+        self.report.entries += u64::from(here.count_ones());
+        let table = change.pool().table(change.section, frame);
+        for bit in Bits(here) {
+            let gfn = start.saturating_add(bit);
+            let _ = self.protect_leaf(change, table.cell(gfn, Level::L1), gfn, Level::L1);
+        }
     }
 
     /// The level-1 table that has the entry for `gfn`. A writable huge leaf on the way is split, or
@@ -216,9 +230,10 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
 
     /// The leaf so that its next write is noticed. A huge leaf must fault even where the CPU sets
     /// D: one D bit, or one logged address, would stand for all its pages.
+    #[inline(always)]
     fn protected(&self, leaf: Spte, level: Level) -> Spte {
         let config = self.mmu.config();
-        match (self.mmu.dirty_tracking(), level) {
+        match (self.tracking, level) {
             (DirtyTracking::WriteProtect, _) => config.without_write(leaf),
             (_, Level::L1) => config.clear_dirty(leaf),
             _ => config.without_write(config.clear_dirty(leaf)),
@@ -227,6 +242,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
 
     /// Protect one leaf; what it was, if it changed. Others may change it meanwhile: each failure
     /// is their progress, and A, D and W change at most once each for every turn here.
+    #[inline(always)]
     fn protect_leaf(
         &self,
         change: &Change<'_, F, H>,
@@ -240,7 +256,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
             if new == old {
                 return None;
             }
-            match change.set(cell, old, new, gfn, level) {
+            match change.adjust(cell, old, new, gfn, level) {
                 Ok(()) => return Some(old),
                 Err(now) => old = now,
             }
@@ -331,7 +347,7 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         dirty: &mut impl FnMut(Gfn, Level, u64),
     ) {
         self.report.entries += to_u64(table.count);
-        let armed = match self.mmu.dirty_tracking() {
+        let armed = match self.tracking {
             DirtyTracking::WriteProtect => F::WRITABLE,
             DirtyTracking::DirtyBit | DirtyTracking::HardwareLog => F::DIRTY,
         };

@@ -105,7 +105,9 @@ impl DirtyLog {
     /// [`crate::dirty`]).
     #[inline]
     pub fn set(&self, page: u64) {
-        let _ = self.set_range(page..page.saturating_add(1));
+        if let Some(bits) = self.bitmap.as_ref().filter(|_| self.has(page)) {
+            let _ = bits.set(page - self.first);
+        }
     }
 
     /// Set the bits of those of `pages` that are logged, and say how many are.
