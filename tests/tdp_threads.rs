@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{BASE, Core, DATA, Guest, Modelled, Shape, StopOnDrop, TestHost, code, gpa, range};
+use mmu_core::access::PfErrorCode;
 use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
 use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::slot::SlotFlags;
@@ -113,9 +114,12 @@ fn guest_loop<F: SpteFormat>(
                 Err(fault) => {
                     drop(guard);
                     assert_ne!(fault.kind, FaultKind::NoMemory, "{fault:?}");
-                    assert_ne!(fault.kind, FaultKind::Reserved, "{fault:?}");
-                    let present = fault.kind == FaultKind::Protection;
-                    let fault = PageFault::new(gpa(gfn), code(kind, present));
+                    // MMIO entries stand where a slot comes and goes.
+                    let reserved = fault.kind == FaultKind::Reserved;
+                    assert!(!reserved || page >= PAGES, "{fault:?}");
+                    let mut code = code(kind, fault.kind == FaultKind::Protection);
+                    code.set(PfErrorCode::RESERVED, reserved);
+                    let fault = PageFault::new(gpa(gfn), code);
                     match vcpu.fault(&fault).expect("no error") {
                         FaultOutcome::Emulate(_) => {
                             assert!(page >= PAGES, "seed {seed}: {gfn:#x} has a slot");
