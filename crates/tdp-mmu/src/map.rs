@@ -16,17 +16,18 @@ use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::cache::FRAMES_PER_FAULT;
 use mmu_core::frame::{MmuCache, TablePool};
 use mmu_core::lock::Shared;
+use mmu_core::notify::Snapshot;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
-use mmu_core::traits::Host;
+use mmu_core::traits::{Host, HostPage};
 use mmu_core::vm::{SharedWork, VmCore};
 
 use crate::change::Change;
 use crate::fast::FastPath;
 use crate::mmu::TdpMmu;
 use crate::recent::Recent;
-use crate::resolve::{Resolved, Wish};
+use crate::resolve::{Given, Resolved, Wish};
 use crate::root::{FoundRoot, RootRef};
 use crate::vcpu::TdpVcpu;
 
@@ -120,6 +121,50 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         Ok(done)
     }
 
+    /// Map a page that the caller has at hand instead of the resolver's answer (KVM row 3.58): to
+    /// fill a guest's memory before it runs, or where the page's owner holds it while it is mapped.
+    /// Everything else is as for [`fault`](Self::fault) with the same `fault`; make it a prefetch
+    /// for an entry without the accessed bit.
+    ///
+    /// `before` was taken ([`Invalidations::snapshot`](mmu_core::notify::Invalidations::snapshot))
+    /// before the caller learned of the page: if an invalidation began since, the page may be
+    /// another's by now, and the answer is `Retry`.
+    ///
+    /// # Errors
+    /// As [`fault`](Self::fault).
+    #[doc(alias = "kvm_tdp_mmu_map_private_pfn")]
+    pub fn install_page(
+        &mut self,
+        fault: &PageFault,
+        page: HostPage,
+        before: Snapshot,
+    ) -> Result<FaultOutcome, FaultError> {
+        let mut counted = false;
+        let result = match self.checked(fault) {
+            Ok(true) => self.slow(fault, Some(Given { page, before }), &mut counted),
+            Ok(false) => Ok(FaultOutcome::Retry),
+            Err(error) => Err(error),
+        };
+        if !counted {
+            count(self.actor.stats(), &result);
+        }
+        result
+    }
+
+    /// Are the arguments sound, and is the root current?
+    #[inline(always)]
+    fn checked(&self, fault: &PageFault) -> Result<bool, FaultError> {
+        let max_gfn = self.mmu.config().max_gfn_exclusive();
+        if fault.gfn() >= max_gfn {
+            return Err(FaultError::BeyondPhysical { gpa: fault.gpa, max_gfn });
+        }
+        if !fault.max_level.may_be_leaf() {
+            return Err(FaultError::NotALeafLevel { level: fault.max_level });
+        }
+        let Some(root) = &self.root else { return Err(FaultError::NoRoot) };
+        Ok(self.mmu.roots().is_valid(root))
+    }
+
     // Inlined, like its parts below: the whole of a fault is two barriers and some hundred plain
     // instructions, and what calls would save and restore is a good part of those.
     #[inline(always)]
@@ -128,18 +173,10 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         fault: &PageFault,
         counted: &mut bool,
     ) -> Result<FaultOutcome, FaultError> {
-        let gfn = fault.gfn();
-        let max_gfn = self.mmu.config().max_gfn_exclusive();
-        if gfn >= max_gfn {
-            return Err(FaultError::BeyondPhysical { gpa: fault.gpa, max_gfn });
-        }
-        if !fault.max_level.may_be_leaf() {
-            return Err(FaultError::NotALeafLevel { level: fault.max_level });
-        }
-        let Some(root) = &self.root else { return Err(FaultError::NoRoot) };
-        if !self.mmu.roots().is_valid(root) {
+        if !self.checked(fault)? {
             return Ok(FaultOutcome::Retry);
         }
+        let Some(root) = &self.root else { return Err(FaultError::NoRoot) };
         if self.mmu.may_be_fast(fault) {
             // Fixed and spurious faults are counted where they are found.
             match self.mmu.fast_fault(&mut self.actor, &mut self.recent, root, fault) {
@@ -159,11 +196,22 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
                 }
             }
         }
+        self.slow(fault, None, counted)
+    }
+
+    /// The slow path: resolve the page, unless it was `given`, and install it.
+    #[inline(always)]
+    fn slow(
+        &mut self,
+        fault: &PageFault,
+        given: Option<Given>,
+        counted: &mut bool,
+    ) -> Result<FaultOutcome, FaultError> {
         if let Some(reason) = self.actor.vm().is_dead() {
             return Err(FaultError::Dead { reason });
         }
         self.actor.top_up(FRAMES_PER_FAULT)?;
-        let resolved = match self.resolve(fault) {
+        let resolved = match self.resolve(fault, given) {
             Ok(resolved) => resolved,
             Err(stop) => return self.stopped(stop, fault),
         };

@@ -27,6 +27,14 @@ pub(crate) struct Resolved {
     pub(crate) wish: Wish,
 }
 
+/// A page that the caller has at hand.
+#[derive(Clone, Copy)]
+pub(crate) struct Given {
+    pub(crate) page: HostPage,
+    /// Taken before the caller learned of it.
+    pub(crate) before: Snapshot,
+}
+
 /// An entry to be installed.
 #[derive(Clone, Copy)]
 pub(crate) struct Wish {
@@ -61,9 +69,16 @@ impl Wish {
 impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     /// Find slot and page, and make the entry.
     #[inline(always)]
-    pub(crate) fn resolve(&mut self, fault: &PageFault) -> Result<Resolved, Stop> {
+    pub(crate) fn resolve(
+        &mut self,
+        fault: &PageFault,
+        given: Option<Given>,
+    ) -> Result<Resolved, Stop> {
         let (gfn, access) = (fault.gfn(), fault.access());
-        let snapshot = self.actor.vm().notify().snapshot();
+        let snapshot = match given {
+            None => self.actor.vm().notify().snapshot(),
+            Some(given) => given.before,
+        };
         if !self.actor.keep_slot(self.role.space(), gfn) {
             return Err(Stop::NoSlot);
         }
@@ -81,6 +96,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         }
         let host = self.actor.vm().host();
         let page = match limits {
+            _ if given.is_some() => given.map(|given| given.page).ok_or(ResolveError::NoMemory),
             Some(limits) if limits.is_private() => host.resolve_private(slot, gfn, access),
             _ => host.resolve(slot, gfn, access),
         };
