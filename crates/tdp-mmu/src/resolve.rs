@@ -94,23 +94,14 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         if slot.is_read_only() && write {
             return Err(Stop::ReadOnly { slot: slot.id });
         }
-        let host = self.actor.vm().host();
-        let page = match limits {
-            _ if given.is_some() => given.map(|given| given.page).ok_or(ResolveError::NoMemory),
-            Some(limits) if limits.is_private() => host.resolve_private(slot, gfn, access),
-            _ => host.resolve(slot, gfn, access),
-        };
-        let page = match page {
+        let private = limits.is_some_and(|limits| limits.is_private());
+        let page = match ask(self.actor.vm().host(), (slot, gfn), access, private, given) {
             Ok(page) => page,
             Err(source) => {
                 let slot = slot.id;
                 return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
             }
         };
-        if write && !page.writable {
-            let (slot, source) = (slot.id, ResolveError::ReadOnly);
-            return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
-        }
         if page.pfn >= self.mmu.config().max_pfn_exclusive() {
             return Err(Stop::BadPage { pfn: page.pfn });
         }
@@ -180,6 +171,24 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             source => Stop::Failed { source },
         }
     }
+}
+
+/// The host's page, or the one given, if it allows the access.
+#[inline(always)]
+fn ask<H: Host>(
+    host: &H,
+    (slot, gfn): (&Memslot, Gfn),
+    access: Access,
+    private: bool,
+    given: Option<Given>,
+) -> Result<HostPage, ResolveError> {
+    let page = match given {
+        Some(given) => given.page,
+        None if private => host.resolve_private(slot, gfn, access)?,
+        None => host.resolve(slot, gfn, access)?,
+    };
+    let refused = access.contains(Access::WRITE) && !page.writable;
+    if refused { Err(ResolveError::ReadOnly) } else { Ok(page) }
 }
 
 /// Why a fault ends before it has a page. Small, and turned into a result out of line, so that the
