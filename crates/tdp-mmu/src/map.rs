@@ -24,6 +24,7 @@ use mmu_core::traits::{Host, HostPage};
 use mmu_core::vm::{SharedWork, VmCore};
 
 use crate::change::Change;
+use crate::dirty::DirtyTracking;
 use crate::fast::FastPath;
 use crate::mmu::TdpMmu;
 use crate::recent::Recent;
@@ -482,8 +483,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let first = wish.gfn.align_down(wish.goal);
         let gone = change.zap_leaf(cell, old, first, wish.goal, debt.get_or_insert_default())?;
         let mut leaf = wish.leaf;
-        if change.config.is_dirty(gone) && change.config.is_mmu_writable(leaf) {
-            // The same page, and it was written (INVARIANT[I8]).
+        let told = change.tracking != DirtyTracking::HardwareLog;
+        if told && change.config.is_dirty(gone) && change.config.is_mmu_writable(leaf) {
+            // The same page, and it was written (INVARIANT[I8]). A CPU that logs would be silent
+            // about a page that is dirty from the start.
             leaf = leaf.with(F::DIRTY);
         }
         let outcome = match change.set(cell, Spte::EMPTY, leaf, wish.gfn, wish.goal) {

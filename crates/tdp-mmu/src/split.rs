@@ -73,6 +73,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         for step in iter {
             let here = cursor.moved_to(step.gfn);
             if step.spte.is_leaf(step.level) {
+                if visited != 0 {
+                    // Filling a table is a slice of its own.
+                    return Some(here);
+                }
                 let (cell, old) = (step.cell, step.spte);
                 let child = self.split_leaf(&change, cache, cell, old, step.gfn, step.level);
                 report.splits += u64::from(child.is_some());
