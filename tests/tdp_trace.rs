@@ -7,10 +7,12 @@ use common::watched::WatchedGuest;
 use common::{BASE, M2, gpa, linear, no_ad, range, request};
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::{Gfn, Level};
+use mmu_core::attributes::Attributes;
 use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::flush::FlushScope;
 use mmu_core::slot::{SlotFlags, SlotRequest};
 use mmu_core::spte::{Capabilities, Ept, Npt, Spte, SpteFormat};
+use mmu_core::stats::Counter;
 use mmu_core::trace::Event;
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 
@@ -215,4 +217,33 @@ fn slot_changes_are_told_when_they_are_in_force() {
     let mut expected = expected.to_vec();
     expected.extend(["unmapped 1 at 2048", "slots Delete"]);
     told(&guest, &expected);
+}
+
+#[test]
+fn attributes_are_told_when_they_are_in_force() {
+    let mut guest = WatchedGuest::<Npt>::new(Capabilities::npt(), M2);
+    let _ = fault(&mut guest, BASE + 1, WRITE, Level::L1);
+    let _ = guest.host().take_events();
+    let (pages, private) = (range(BASE + 1, BASE + 3), Attributes::PRIVATE);
+    let writer = guest.slots.attributes();
+    let _ = guest.mmu.set_attributes(writer, &mut guest.actor, pages, private).expect("legal");
+    let events = guest.host().take_events();
+    let set = Event::AttributesSet { range: pages, attributes: private };
+    assert_eq!(events.last(), Some(&set), "{events:?}");
+}
+
+#[test]
+fn the_recovery_of_a_table_is_told() {
+    let caps = Capabilities { nx_huge_pages: true, ..Capabilities::npt() };
+    let mut guest = WatchedGuest::<Npt>::new(caps, 2 * M2);
+    guest.host().inner.set_resolver(linear(Level::L2));
+    let fetch = PfErrorCode::FETCH | PfErrorCode::USER;
+    let _ = fault(&mut guest, BASE + 1, fetch, Level::L2);
+    assert_eq!(guest.mmu.vm().stats().get(Counter::NxSplits), 1, "made for the fetch");
+    let _ = guest.host().take_events();
+    assert_eq!(guest.mmu.recover_nx(&mut guest.actor, 1).recovered, 1);
+    let events = guest.host().take_events();
+    let told = Event::NxRecovered { gfn: Gfn::new(BASE), level: Level::L2 };
+    assert!(events.contains(&told), "{events:?}");
+    assert_eq!(guest.mmu.vm().stats().get(Counter::NxSplits), 0);
 }

@@ -270,6 +270,31 @@ fn writer(
 
 /// Two processors write all the time; a third thread tracks pages and watches them.
 #[test]
+fn a_page_tracked_in_one_space_keeps_huge_pages_out_of_the_other() {
+    let mut guest = Guest::<Ept>::with(Shape { spaces: 2, ..Shape::new(Capabilities::ept()) });
+    guest.host().set_resolver(linear(Level::L2));
+    enable(&mut guest);
+    let slot = request(1, BASE, 2 * M2, DATA, SlotFlags::empty());
+    // In the second space only the count of the first can be what is asked.
+    let _ = guest.set_slot(&SlotRequest { as_id: 1, ..slot }).expect("a legal slot");
+    let _ = guest.set_slot(&slot).expect("another");
+    track(&mut guest, BASE + 3).expect("memory");
+    let mut smm = TdpVcpu::new(&guest.mmu, 1).expect("room");
+    let _ = smm.load_root().expect("a root");
+    for gfn in [BASE + 7, BASE + M2] {
+        let read = PageFault::new(gpa(gfn), code(AccessKind::Read, false));
+        assert_eq!(smm.fault(&read), Ok(FaultOutcome::Fixed));
+    }
+    let walk = |guest: &mut Guest<Ept>, gfn: u64| {
+        guest.mmu.lookup(&mut guest.actor, 1, Gfn::new(gfn)).last().map(|(level, _)| *level)
+    };
+    assert_eq!(walk(&mut guest, BASE + 7), Some(Level::L1), "beside the tracked page");
+    assert_eq!(walk(&mut guest, BASE + M2), Some(Level::L2), "in the next block");
+    drop(smm);
+    guest.finish();
+}
+
+#[test]
 fn no_write_to_a_tracked_page_goes_unseen() {
     for (caps, seed) in
         [(Capabilities::ept(), 0x5eed), (common::no_ad(Capabilities::ept()), 0x5eee)]

@@ -5,6 +5,7 @@
 use mmu_core::addr::GfnRange;
 use mmu_core::attributes::{AttributeError, AttributeWriter, Attributes};
 use mmu_core::spte::SpteFormat;
+use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
@@ -47,6 +48,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let report = self.unmap_in(actor, &invalidation, range);
         change.commit(actor.participant(), &invalidation);
         drop(invalidation);
+        vm.trace(|| Event::AttributesSet { range, attributes });
         Ok(report)
     }
 }

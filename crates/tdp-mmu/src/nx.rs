@@ -19,6 +19,7 @@ use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Capabilities, ConfigError, Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::sync::plain::{AtomicU64, Ordering};
+use mmu_core::trace::Event;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
 
@@ -239,6 +240,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if let Some(gone) = gone {
             report.recovered += 1;
             report.zapped.merge(&gone);
+            self.vm().trace(|| Event::NxRecovered { gfn: table.gfn, level: table.level });
         }
     }
 
