@@ -446,7 +446,12 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         let mut stack: ArrayVec<(Pfn, Level, usize), 5> = ArrayVec::new();
         stack.push((table, level, 0));
         while let Some((frame, level, index)) = stack.pop() {
-            let Some(cell) = pool.owned_table(frame).entries().get(index) else {
+            let whole = level == Level::L1;
+            if whole {
+                self.freeze_leaves(frame, report);
+            }
+            let cells = pool.owned_table(frame).entries();
+            let Some(cell) = cells.get(index).filter(|_| !whole) else {
                 crate::nx::forget(pool, self.stats, frame);
                 debt.owe_table(pool.map(), frame);
                 continue;
@@ -471,6 +476,38 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
                 stack.push((self.config.pfn(old), below, 0));
             }
         }
+    }
+}
+
+impl<F: SpteFormat, H: Host> Change<'_, F, H> {
+    /// Freeze a level-1 table that was unlinked, and count what was mapped, in one for all.
+    fn freeze_leaves(&self, frame: Pfn, report: &mut ZapReport) {
+        let pool = self.pool();
+        let (mut leaves, mut young, mut dirty) = (0, 0, 0);
+        for index in 0..ENTRIES {
+            // Looked up for each entry: tests stand at these steps, and it costs next to nothing.
+            let Some(cell) = pool.owned_table(frame).entries().get(index) else { break };
+            let old = freeze(cell);
+            let gfn = || pool.place(frame).0.saturating_add(to_u64(index));
+            if H::ENABLED {
+                self.changed(gfn(), Level::L1, old, Spte::FROZEN);
+            }
+            if !old.is_leaf(Level::L1) {
+                self.account(old, Spte::EMPTY, Level::L1);
+                continue;
+            }
+            leaves += 1;
+            young += u64::from(self.config.is_accessed(old));
+            if self.config.is_dirty(old) {
+                dirty += 1;
+                if self.tracking == DirtyTracking::DirtyBit {
+                    self.keep_dirty(gfn(), 1);
+                }
+            }
+        }
+        self.stats.sub(Counter::pages(Level::L1), leaves);
+        self.stats.add(Counter::LeavesZapped, leaves);
+        report.add_small(leaves, young, dirty);
     }
 }
 

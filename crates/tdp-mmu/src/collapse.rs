@@ -380,13 +380,20 @@ fn huge_leaf<F: SpteFormat>(
     let volatile = F::ACCESSED | F::DIRTY | F::WRITABLE;
     let mut common = None;
     let (mut used, mut tracked) = (0, true);
+    // What a leaf that was looked at says besides its frame: as a rule the others say the same.
+    let mut like = None;
     for (index, cell) in (0u64..).zip(table.entries()) {
         let spte = cell.load();
+        let pfn = first.saturating_add(index * below.pages());
+        let says = spte.without(volatile).raw() ^ pfn.address().get();
+        if like == Some(says) {
+            used |= spte.raw() & volatile;
+            continue;
+        }
         // A slot has the whole block, so an MMIO entry in it is stale.
         if spte.is_empty() || config.is_mmio(spte) {
             continue;
         }
-        let pfn = first.saturating_add(index * below.pages());
         if !spte.is_leaf(below) || config.pfn(spte) != pfn {
             return None;
         }
@@ -397,6 +404,7 @@ fn huge_leaf<F: SpteFormat>(
             return None;
         }
         common = Some(huge);
+        like = Some(says);
     }
     let leaf = common.filter(|leaf| config.is_hw_present(*leaf))?.with(used);
     Some(if tracked { config.age(leaf) } else { leaf })

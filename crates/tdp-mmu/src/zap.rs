@@ -75,11 +75,18 @@ impl ZapReport {
     /// if they were that.
     #[inline]
     pub(crate) fn add_word(&mut self, gone: u64, young: u64, dirty: u64) {
+        let count = |bits: u64| u64::from(bits.count_ones());
+        self.add_small(count(gone), count(young), count(dirty));
+    }
+
+    /// Count 4 KiB leaves that were taken out, and how many of them were young and dirty.
+    #[inline]
+    pub(crate) fn add_small(&mut self, leaves: u64, young: u64, dirty: u64) {
         if let Some(count) = self.leaves.first_mut() {
-            *count += u64::from(gone.count_ones());
+            *count += leaves;
         }
-        self.young += u64::from(young.count_ones());
-        self.dirty += u64::from(dirty.count_ones());
+        self.young += young;
+        self.dirty += dirty;
     }
 
     /// Count the leaves of a level-1 table that nobody changes. Returns the number of its MMIO
