@@ -96,9 +96,9 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
         }
         let private = limits.is_some_and(|limits| limits.is_private());
         let page = match ask(self.actor.vm().host(), (slot, gfn), access, private, given) {
-            Ok(page) => page,
-            Err(source) => {
-                let slot = slot.id;
+            Ok(page) if page.writable || !write => page,
+            refused => {
+                let (slot, source) = (slot.id, refused.err().unwrap_or(ResolveError::ReadOnly));
                 return Err(self.resolve_failed(gfn, slot, snapshot, generation, source));
             }
         };
@@ -173,7 +173,8 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
     }
 }
 
-/// The host's page, or the one given, if it allows the access.
+/// The host's page, or the one given. Handed on as it is: a result that is taken apart and put
+/// together again goes through memory, in pieces for which the CPU's next load has to wait.
 #[inline(always)]
 fn ask<H: Host>(
     host: &H,
@@ -182,13 +183,11 @@ fn ask<H: Host>(
     private: bool,
     given: Option<Given>,
 ) -> Result<HostPage, ResolveError> {
-    let page = match given {
-        Some(given) => given.page,
-        None if private => host.resolve_private(slot, gfn, access)?,
-        None => host.resolve(slot, gfn, access)?,
-    };
-    let refused = access.contains(Access::WRITE) && !page.writable;
-    if refused { Err(ResolveError::ReadOnly) } else { Ok(page) }
+    match given {
+        Some(given) => Ok(given.page),
+        None if private => host.resolve_private(slot, gfn, access),
+        None => host.resolve(slot, gfn, access),
+    }
 }
 
 /// Why a fault ends before it has a page. Small, and turned into a result out of line, so that the
