@@ -27,6 +27,8 @@ use crate::workload::Workload;
 
 /// How long vCPUs write between two harvests.
 const BETWEEN: Duration = Duration::from_millis(10);
+/// How long a harvest waits for each vCPU to have written since the last one.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Pages of a leaf of 2 MiB.
 const HUGE: u64 = 512;
 
@@ -227,7 +229,8 @@ impl<F: SpteFormat> Bench<'_, F> {
             let running = scope.spawn(run);
             let disturber =
                 options.disturb.then(|| scope.spawn(|| disturb(vmm, options.seed, &done)));
-            let watched = self.watch(&mut copies, options.iterations, &mut points);
+            let steps = || workload.steps(vmm);
+            let watched = self.watch(&mut copies, options.iterations, steps, &mut points);
             done.store(true, Ordering::Relaxed);
             let disturbed = disturber.map_or(Ok(Ok(())), |thread| thread.join());
             let disabled = match options.run_while_disabling {
@@ -269,12 +272,19 @@ impl<F: SpteFormat> Bench<'_, F> {
         &mut self,
         copies: &mut [Copied],
         iterations: u64,
+        steps: impl Fn() -> Vec<u64>,
         points: &mut Vec<(f64, f64)>,
     ) -> Result<Vec<u64>, Error> {
         let begun = Instant::now();
         let mut pages = 0;
         for _ in 0..iterations {
+            let (before, since) = (steps(), Instant::now());
             std::thread::sleep(BETWEEN);
+            // A busy host may leave a vCPU out for longer than that.
+            let all_wrote = || steps().iter().zip(&before).all(|(now, before)| now > before);
+            while !all_wrote() && since.elapsed() < PATIENCE {
+                std::thread::sleep(BETWEEN);
+            }
             let dirty = self.harvest_into(copies)?;
             pages += dirty.len();
             points.push((begun.elapsed().as_secs_f64(), dirty.len() as f64));
