@@ -5,8 +5,9 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::runner::Runner;
 use common::{BASE, Core, DATA, Guest, M2, Modelled, Shape, StopOnDrop, TestHost};
 use common::{code, gpa, linear, range};
 use mmu_core::access::Access;
@@ -17,7 +18,7 @@ use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Capabilities, Ept, Npt, SpteFormat};
 use mmu_core::stats::Counter;
 use mmu_model::{AccessKind, Caches, Random, SoftCpu};
-use tdp_mmu::{TdpMmu, TdpVcpu, ZapReport};
+use tdp_mmu::{TdpMmu, ZapReport};
 
 const BLOCKS: u64 = 4;
 
@@ -200,47 +201,41 @@ fn a_refused_change_unmaps_nothing() {
 const SECRET: u64 = 0x5ec7_e75e_c7e7;
 /// Pages that the race is about, around the border of two blocks.
 const PAGES: u64 = 2 * M2;
-const PATIENCE: Duration = Duration::from_secs(30);
 const TURNS: u64 = 400;
 
 /// Read shared memory all over the place. How many reads, and how many were refused.
 fn reader<F: SpteFormat>(
     mmu: &Arc<TdpMmu<F, TestHost>>,
-    core: &Mutex<Core>,
+    core: Arc<Mutex<Core>>,
     words: &[AtomicU64],
     seed: u64,
     stop: &AtomicBool,
 ) -> (u64, u64) {
     let mut random = Random::new(seed);
-    let mut vcpu = TdpVcpu::new(mmu, 0).expect("room");
-    let root = vcpu.load_root().expect("a root");
-    core.lock().unwrap().cpu.set_root(root.address().get());
+    let mut runner = Runner::new(mmu, core, seed);
     let _stop = StopOnDrop(stop);
     let (mut reads, mut refused) = (0, 0);
     while !stop.load(Ordering::Acquire) {
         let gfn = BASE + random.below(PAGES);
-        let start = Instant::now();
-        loop {
-            assert!(start.elapsed() < PATIENCE, "seed {seed}: {gfn:#x} is never mapped");
-            let mut guard = core.lock().unwrap();
-            let access = mmu_model::Access::user(AccessKind::Read);
-            if let Ok(pa) = guard.cpu.access(mmu.vm().host(), gfn << 12, access) {
-                let seen = words[(pa / 4096 - DATA) as usize].load(Ordering::SeqCst);
-                assert_ne!(seen, SECRET, "seed {seed}: {gfn:#x} is private");
-                reads += 1;
-                break;
-            }
-            drop(guard);
-            match vcpu.fault(&PageFault::new(gpa(gfn), code(AccessKind::Read, false))) {
-                Ok(_) => {}
+        let look = |pa: u64| {
+            let seen = words[(pa / 4096 - DATA) as usize].load(Ordering::SeqCst);
+            assert_ne!(seen, SECRET, "seed {seed}: {gfn:#x} is private");
+        };
+        let passed = runner.access(
+            gfn,
+            AccessKind::Read,
+            || false,
+            look,
+            |outcome| match outcome {
+                Ok(_) => false,
                 Err(FaultError::MemoryFault { gpa: at, private: false, .. }) => {
                     assert_eq!(at, gpa(gfn), "seed {seed}");
-                    refused += 1;
-                    break;
+                    true
                 }
                 Err(error) => panic!("seed {seed}: {error}"),
-            }
-        }
+            },
+        );
+        *(if passed { &mut reads } else { &mut refused }) += 1;
     }
     (reads, refused)
 }
@@ -260,7 +255,10 @@ fn race<F: Modelled>(caps: Capabilities, seed: u64) {
     let figures = std::thread::scope(|scope| {
         let (mmu, words, stop, cores) = (&mmu, &words[..], &stop, &cores);
         let readers: Vec<_> = (0..2_usize)
-            .map(|n| scope.spawn(move || reader(mmu, &cores[n], words, seed + n as u64, stop)))
+            .map(|n| {
+                scope
+                    .spawn(move || reader(mmu, Arc::clone(&cores[n]), words, seed + n as u64, stop))
+            })
             .collect();
         let _stop = StopOnDrop(stop);
         for turn in 0..TURNS {

@@ -5,20 +5,19 @@ mod common;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{BASE, DATA, Guest, M2, Modelled, Shape, StopOnDrop, TestHost, code, gpa, range};
+use common::runner::Runner;
+use common::{BASE, DATA, Guest, M2, Modelled, Shape, StopOnDrop, TestHost, range};
 use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
-use mmu_core::fault::{FaultOutcome, PageFault};
+use mmu_core::fault::FaultOutcome;
 use mmu_core::paging::{Paging, PagingPolicy};
 use mmu_core::slot::{SlotFlags, SlotLimits};
 use mmu_core::spte::{Capabilities, Ept, SpteConfig};
 use mmu_core::traits::{HostPage, ResolveError};
 use mmu_core::vm::{VmCore, VmOptions};
 use mmu_model::{AccessKind, Caches, Random, SoftCpu};
-use tdp_mmu::{
-    ChangePteError, DirtyTracking, PageChange, TdpMmu, TdpOptions, TdpVcpu, WrongPaging,
-};
+use tdp_mmu::{ChangePteError, DirtyTracking, PageChange, TdpMmu, TdpOptions, WrongPaging};
 
 /// Far from what slots have.
 const OTHER: u64 = DATA + 0x10_0000;
@@ -189,7 +188,6 @@ fn where_d_is_the_log_the_old_page_stays_logged() {
 }
 
 const PAGES: u64 = 8;
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Count a write to each page reached, until told to stop.
 fn writer(
@@ -200,34 +198,31 @@ fn writer(
     stop: &AtomicBool,
 ) -> u64 {
     let mut random = Random::new(seed);
-    let mut vcpu = TdpVcpu::new(mmu, 0).expect("room");
-    let root = vcpu.load_root().expect("a root");
     let core = mmu.vm().host().add_core(SoftCpu::new(format, 0, Caches::unlimited()));
-    core.lock().unwrap().cpu.set_root(root.address().get());
+    let mut runner = Runner::new(mmu, core, seed);
     let _stop = StopOnDrop(stop);
     let mut writes = 0;
     while !stop.load(Ordering::Acquire) {
         let gfn = BASE + random.below(PAGES);
         let kind = if random.chance(1, 3) { AccessKind::Read } else { AccessKind::Write };
-        let access = mmu_model::Access::user(kind);
-        let start = Instant::now();
-        loop {
-            assert!(start.elapsed() < PATIENCE, "seed {seed}: {gfn:#x} is never mapped");
-            let mut guard = core.lock().unwrap();
-            if let Ok(pa) = guard.cpu.access(mmu.vm().host(), gfn << 12, access) {
-                let page = pa / 4096 - DATA;
-                assert_eq!(page % PAGES, gfn - BASE, "seed {seed}: another gfn's page");
-                if kind == AccessKind::Write {
-                    // Under the lock, as a flush sees it.
-                    words[page as usize].fetch_add(1, Ordering::SeqCst);
-                    writes += 1;
-                }
-                break;
+        let passed = |pa: u64| {
+            let page = pa / 4096 - DATA;
+            assert_eq!(page % PAGES, gfn - BASE, "seed {seed}: another gfn's page");
+            if kind == AccessKind::Write {
+                words[page as usize].fetch_add(1, Ordering::SeqCst);
+                writes += 1;
             }
-            drop(guard);
-            let fault = PageFault::new(gpa(gfn), code(kind, random.chance(1, 2)));
-            let _ = vcpu.fault(&fault).expect("no error");
-        }
+        };
+        runner.access(
+            gfn,
+            kind,
+            || random.chance(1, 2),
+            passed,
+            |outcome| {
+                let _ = outcome.expect("no error");
+                false
+            },
+        );
     }
     writes
 }

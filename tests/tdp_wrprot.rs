@@ -4,8 +4,9 @@ mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use common::runner::Runner;
 use common::{BASE, DATA, Guest, M2, Modelled, Shape, StopOnDrop, TestHost};
 use common::{code, gpa, linear, range, request};
 use mmu_core::addr::{Gfn, GfnRange, Level};
@@ -227,7 +228,6 @@ fn counts_go_with_their_slot_and_hold_in_every_address_space() {
 }
 
 const PAGES: u64 = 24;
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Increment words until told to stop; how many increments, and how many were caught.
 fn writer(
@@ -238,37 +238,27 @@ fn writer(
     stop: &AtomicBool,
 ) -> (u64, u64) {
     let mut random = Random::new(seed);
-    let mut vcpu = TdpVcpu::new(mmu, 0).expect("room");
-    let root = vcpu.load_root().expect("a root");
     let core = mmu.vm().host().add_core(SoftCpu::new(format, 0, Caches::unlimited()));
-    core.lock().unwrap().cpu.set_root(root.address().get());
-    let access = mmu_model::Access::user(AccessKind::Write);
+    let mut runner = Runner::new(mmu, core, seed);
     let _stop = StopOnDrop(stop);
     let (mut writes, mut caught) = (0, 0);
     while !stop.load(Ordering::Acquire) {
         let gfn = BASE + random.below(PAGES);
-        let start = Instant::now();
-        loop {
-            assert!(start.elapsed() < PATIENCE, "seed {seed}: {gfn:#x} is never mapped");
-            let mut guard = core.lock().unwrap();
-            if let Ok(pa) = guard.cpu.access(mmu.vm().host(), gfn << 12, access) {
-                // Under the lock, as a flush sees it.
-                words[(pa / 4096 - DATA) as usize].fetch_add(1, Ordering::SeqCst);
-                writes += 1;
-                break;
-            }
-            drop(guard);
-            let fault = PageFault::new(gpa(gfn), code(AccessKind::Write, random.chance(1, 2)));
-            if vcpu.fault(&fault).expect("no error") == FaultOutcome::WriteProtected {
-                caught += 1;
-                break;
-            }
-        }
+        let count = |pa: u64| {
+            words[(pa / 4096 - DATA) as usize].fetch_add(1, Ordering::SeqCst);
+        };
+        let passed = runner.access(
+            gfn,
+            AccessKind::Write,
+            || random.chance(1, 2),
+            count,
+            |outcome| outcome.expect("no error") == FaultOutcome::WriteProtected,
+        );
+        *(if passed { &mut writes } else { &mut caught }) += 1;
     }
     (writes, caught)
 }
 
-/// Two processors write all the time; a third thread tracks pages and watches them.
 #[test]
 fn a_page_tracked_in_one_space_keeps_huge_pages_out_of_the_other() {
     let mut guest = Guest::<Ept>::with(Shape { spaces: 2, ..Shape::new(Capabilities::ept()) });
@@ -294,6 +284,7 @@ fn a_page_tracked_in_one_space_keeps_huge_pages_out_of_the_other() {
     guest.finish();
 }
 
+/// Two processors write all the time; a third thread tracks pages and watches them.
 #[test]
 fn no_write_to_a_tracked_page_goes_unseen() {
     for (caps, seed) in

@@ -7,6 +7,7 @@
 #![allow(dead_code, reason = "each test file uses its own part")]
 
 pub mod map_spec;
+pub mod runner;
 pub mod watched;
 pub mod world;
 

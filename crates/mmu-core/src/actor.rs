@@ -126,6 +126,9 @@ pub struct FoundSlot {
     pub generation: u64,
 }
 
+/// Pages that are marked dirty in one section: 4096 words of a bitmap.
+const MARK_SLICE: u64 = 1 << 18;
+
 /// A thread's handle on a VM: a vCPU, an ager, a notifier.
 ///
 /// Having an `Actor` tells you: this thread has an epoch record of its own, and borrowing the
@@ -276,13 +279,12 @@ impl<H: Host> Actor<H> {
     /// the ring, then go on there.
     #[doc(alias = "mark_page_dirty")]
     pub fn mark_dirty(&mut self, space: u16, range: GfnRange) -> Result<u64, MarkError> {
+        if self.vm.rings().is_empty() {
+            return Ok(self.mark_in_slices(space, range));
+        }
         let work = self.pinned();
         let slots = work.vm.slots().read(&work.section);
-        let Some(ring) = work.vm.ring_of(&work.section) else {
-            let marked = slots.mark_dirty(space, range);
-            work.stats.add(Counter::PagesMarkedDirty, marked);
-            return Ok(marked);
-        };
+        let Some(ring) = work.vm.ring_of(&work.section) else { return Ok(0) };
         let mut marked = 0;
         for slot in slots.overlapping(space, range).filter(|slot| slot.logs_dirty()) {
             let Some(log) = slots.meta(space, slot.id).and_then(SlotMeta::log) else { continue };
@@ -298,6 +300,26 @@ impl<H: Host> Actor<H> {
             }
         }
         Ok(marked)
+    }
+
+    /// Mark in bitmaps, which takes time for each page that is logged, without holding up who waits
+    /// for sections.
+    fn mark_in_slices(&mut self, space: u16, range: GfnRange) -> u64 {
+        let mut left = range;
+        let mut marked = 0;
+        while !left.is_empty() {
+            let work = self.pinned();
+            let slots = work.vm.slots().read(&work.section);
+            let Some(slot) = slots.overlapping(space, left).next() else { break };
+            let here = slot.range().intersection(left);
+            let pages = if slot.logs_dirty() { here.len().min(MARK_SLICE) } else { here.len() };
+            let slice = GfnRange::from_len(here.start, pages);
+            let count = slots.mark_dirty(space, slice);
+            work.stats.add(Counter::PagesMarkedDirty, count);
+            marked += count;
+            left.start = slice.end;
+        }
+        marked
     }
 
     /// This thread's dirty ring.

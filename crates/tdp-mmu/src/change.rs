@@ -91,6 +91,24 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         self.trace(|| Event::Changed { gfn: gfn.align_down(level), level, old, new });
     }
 
+    /// The compare-exchange that every change of a live entry is. Statistics are the caller's.
+    #[inline(always)]
+    fn exchange(
+        &self,
+        cell: &SpteCell,
+        old: Spte,
+        new: Spte,
+        gfn: Gfn,
+        level: Level,
+    ) -> Result<(), Spte> {
+        self.prove(old, new, level);
+        let done = cell.try_change(old, new);
+        if done.is_ok() {
+            self.changed(gfn, level, old, new);
+        }
+        done
+    }
+
     /// Replace `old` by `new` in the entry at `level` that maps `gfn`.
     ///
     /// # Errors
@@ -106,18 +124,12 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     ) -> Result<(), Spte> {
         // INVARIANT[I4]: only `freeze` deals in FROZEN.
         debug_assert!(!old.is_frozen(), "FROZEN is replaced by its owner only (I4)");
-        self.prove(old, new, level);
-        match cell.try_change(old, new) {
-            Ok(()) => {
-                self.account(old, new, level);
-                self.changed(gfn, level, old, new);
-                Ok(())
-            }
-            Err(current) => {
-                self.stats.inc(Counter::CasLost);
-                Err(current)
-            }
+        let done = self.exchange(cell, old, new, gfn, level);
+        match done {
+            Ok(()) => self.account(old, new, level),
+            Err(_) => self.stats.inc(Counter::CasLost),
         }
+        done
     }
 
     /// Put the leaf `new` in an entry for `gfn` that maps nothing; `false` when somebody else
@@ -132,14 +144,10 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         level: Level,
     ) -> bool {
         debug_assert!(!old.is_mmu_present() && new.is_leaf(level), "{old:?} to {new:?}");
-        self.prove(old, new, level);
-        let done = cell.try_change(old, new).is_ok();
+        let done = self.exchange(cell, old, new, gfn, level).is_ok();
         self.stats.inc(if done { Counter::pages(level) } else { Counter::CasLost });
-        if done {
-            if !old.is_empty() {
-                self.account_mmio(old, new);
-            }
-            self.changed(gfn, level, old, new);
+        if done && !old.is_empty() {
+            self.account_mmio(old, new);
         }
         done
     }
@@ -155,11 +163,9 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         level: Level,
     ) -> Result<(), Spte> {
         debug_assert!(old.is_leaf(level) && new.is_leaf(level), "{old:?} to {new:?}");
-        self.prove(old, new, level);
-        let done = cell.try_change(old, new);
-        match done {
-            Ok(()) => self.changed(gfn, level, old, new),
-            Err(_) => self.stats.inc(Counter::CasLost),
+        let done = self.exchange(cell, old, new, gfn, level);
+        if done.is_err() {
+            self.stats.inc(Counter::CasLost);
         }
         done
     }
@@ -196,12 +202,7 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     pub(crate) fn age(&self, cell: &SpteCell, old: Spte, gfn: Gfn, level: Level) -> bool {
         // INVARIANT[I21]: only A, or the permissions that tracking gives back.
         let new = self.config.age(old);
-        self.prove(old, new, level);
-        let done = cell.try_change(old, new).is_ok();
-        if done {
-            self.changed(gfn, level, old, new);
-        }
-        done
+        self.exchange(cell, old, new, gfn, level).is_ok()
     }
 
     /// Fill the entries of a table that is not linked yet.

@@ -14,11 +14,10 @@ use arrayvec::ArrayVec;
 
 use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
 use mmu_core::epoch::EpochGuard;
-use mmu_core::flush::{FlushDebt, FlushScope};
+use mmu_core::flush::FlushDebt;
 use mmu_core::notify::Invalidation;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
-use mmu_core::stats::Counter;
 use mmu_core::sync::relax;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
@@ -26,7 +25,7 @@ use mmu_core::vm::Actor;
 use crate::change::Change;
 use crate::mmu::TdpMmu;
 use crate::root::{FoundRoot, MAX_ROOTS, RootFilter};
-use crate::zap::ZapReport;
+use crate::zap::{ZapReport, pay_inside};
 
 /// What a change of page came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -201,12 +200,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 let _ = out.try_push(Out { index, root, leaf });
             }
         }
-        if invalidation.others_in_progress() {
-            // Another may have emptied the entry; its flush may not be over.
-            actor.stats().inc(Counter::FlushOwed);
-            debt.owe(GfnRange::from_len(gfn, 1));
-        }
-        actor.pay(debt, FlushScope::Ranges);
+        pay_inside(actor, invalidation, GfnRange::from_len(gfn, 1), debt);
         out
     }
 }

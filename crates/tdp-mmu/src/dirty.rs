@@ -17,7 +17,7 @@
 use alloc::sync::Arc;
 use core::fmt;
 
-use mmu_core::addr::{Gfn, GfnRange, to_u64};
+use mmu_core::addr::{Gfn, GfnRange, to_index, to_u64};
 use mmu_core::dirty::{DirtyRing, WORD_PAGES};
 use mmu_core::slot::{DirtyLog, Memslot};
 use mmu_core::spte::{AdType, SpteFormat};
@@ -128,6 +128,12 @@ impl fmt::Display for LogError {
 
 impl core::error::Error for LogError {}
 
+/// Has `words` one word for each 64 of `pages` pages?
+fn has_words(words: &[u64], pages: u64) -> Result<(), LogError> {
+    let (words, wanted) = (words.len(), to_index(pages.div_ceil(WORD_PAGES)));
+    if words == wanted { Ok(()) } else { Err(LogError::BufferSize { words, wanted }) }
+}
+
 /// The bits of `mask` for which page `base + bit` lies in a slot of `pages` pages.
 fn in_slot(base: u64, mask: u64, pages: u64) -> u64 {
     match pages.checked_sub(base) {
@@ -153,11 +159,6 @@ struct Logged {
 }
 
 impl Logged {
-    /// Words of the slot.
-    fn words(&self) -> u64 {
-        self.slot.npages.div_ceil(WORD_PAGES)
-    }
-
     /// The gfns that are logged.
     fn range(&self) -> GfnRange {
         let pages = self.log.pages();
@@ -292,10 +293,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         words: &mut [u64],
     ) -> Result<Harvest, LogError> {
         let target = self.logged_bits(actor, as_id, id)?;
-        let wanted = mmu_core::addr::to_index(target.words());
-        if words.len() != wanted {
-            return Err(LogError::BufferSize { words: words.len(), wanted });
-        }
+        has_words(words, target.slot.npages)?;
         let mut pass = Rearm::new(self, as_id);
         self.begin_harvest(actor, &target, target.range(), &mut pass);
         let all = u64::MAX;
@@ -317,10 +315,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         words: &mut [u64],
     ) -> Result<Harvest, LogError> {
         let target = self.logged_bits(actor, as_id, id)?;
-        let wanted = mmu_core::addr::to_index(target.words());
-        if words.len() != wanted {
-            return Err(LogError::BufferSize { words: words.len(), wanted });
-        }
+        has_words(words, target.slot.npages)?;
         let mut pass = Rearm::new(self, as_id);
         self.begin_harvest(actor, &target, target.range(), &mut pass);
         for (word, out) in (0u64..).zip(words.iter_mut()) {
@@ -352,10 +347,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if first % WORD_PAGES != 0 || !end.is_some_and(whole) {
             return Err(LogError::ClearRange { first, pages, slot_pages });
         }
-        let wanted = mmu_core::addr::to_index(pages.div_ceil(WORD_PAGES));
-        if bits.len() != wanted {
-            return Err(LogError::BufferSize { words: bits.len(), wanted });
-        }
+        has_words(bits, pages)?;
         let mut pass = Rearm::new(self, as_id);
         // Not collected: a page whose D nobody has reported keeps it.
         actor.participant().synchronize();

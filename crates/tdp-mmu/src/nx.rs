@@ -13,7 +13,7 @@
 
 use mmu_core::addr::{Gfn, GfnRange, Level, Pfn, to_index, to_u64};
 use mmu_core::epoch::EpochGuard;
-use mmu_core::flush::{FlushDebt, FlushScope};
+use mmu_core::flush::FlushDebt;
 use mmu_core::frame::TablePool;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Capabilities, ConfigError, Spte, SpteConfig, SpteFormat};
@@ -28,7 +28,7 @@ use crate::iter::{Cursor, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::{FoundRoot, RootFilter, ZapAll};
 use crate::slice::SLICE_ENTRIES;
-use crate::zap::ZapReport;
+use crate::zap::{ZapReport, pay_inside};
 
 /// May huge pages be executed?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -231,11 +231,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         });
         drop(work);
         // Also where nothing was found: as an unmap.
-        if invalidation.others_in_progress() {
-            actor.stats().inc(Counter::FlushOwed);
-            debt.owe(pages);
-        }
-        actor.pay(debt, FlushScope::Ranges);
+        pay_inside(actor, &invalidation, pages, debt);
         drop(invalidation);
         if let Some(gone) = gone {
             report.recovered += 1;
@@ -252,7 +248,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let slots = work.vm.slots().read(&work.section);
         let pages = GfnRange::entry(table.gfn, table.level);
         let logged = slots.overlapping(root.role.space(), pages).any(|slot| slot.logs_dirty());
-        logged && forget(work.vm.pool(), work.stats, table.frame)
+        // The mark of this table, not that of one that came to its frame since.
+        let here = || self.still_linked(work.vm.pool(), &work.section, root, table).is_some();
+        logged && here() && forget(work.vm.pool(), work.stats, table.frame)
     }
 
     /// The entry that links this very table, if one still does (KVM row 3.38).

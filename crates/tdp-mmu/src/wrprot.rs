@@ -17,11 +17,10 @@ use core::fmt;
 
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::epoch::EpochGuard;
-use mmu_core::flush::{FlushDebt, FlushScope};
+use mmu_core::flush::FlushDebt;
 use mmu_core::notify::Invalidation;
 use mmu_core::slot::{PageTrack, SlotMeta, TrackError};
 use mmu_core::spte::SpteFormat;
-use mmu_core::stats::Counter;
 use mmu_core::sync::relax;
 use mmu_core::traits::Host;
 use mmu_core::vm::Actor;
@@ -29,6 +28,7 @@ use mmu_core::vm::Actor;
 use crate::change::Change;
 use crate::mmu::TdpMmu;
 use crate::root::{FoundRoot, RootFilter};
+use crate::zap::pay_inside;
 
 /// What came of one tree.
 enum Done {
@@ -206,12 +206,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 break;
             }
         }
-        if invalidation.others_in_progress() {
-            // Another may have protected the entry; its flush may not be over.
-            actor.stats().inc(Counter::FlushOwed);
-            debt.owe(GfnRange::from_len(gfn, 1));
-        }
-        actor.pay(debt, FlushScope::Ranges);
+        pay_inside(actor, invalidation, GfnRange::from_len(gfn, 1), debt);
         found
     }
 }

@@ -190,12 +190,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         for index in self.changeable_roots() {
             self.zap_root_range(actor, index, range, &mut debt, &mut report);
         }
-        if !range.is_empty() && invalidation.others_in_progress() {
-            // Another invalidation may have emptied some of our entries; its flush may not be over.
-            actor.stats().inc(Counter::FlushOwed);
-            debt.owe(range);
-        }
-        actor.pay(debt, FlushScope::Ranges);
+        pay_inside(actor, invalidation, range, debt);
         self.vm().trace(|| Event::UnmapEnd { range, pages: report.pages() });
         report
     }
@@ -226,6 +221,22 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             work.stats.inc(Counter::Yields);
         }
     }
+}
+
+/// Pay what an operation on `range` owes inside its invalidation; call after the last entry was
+/// looked at. Another invalidation may have emptied or protected some of our entries, and its flush
+/// may not be over: then `range` is owed whatever was found.
+pub(crate) fn pay_inside<H: Host>(
+    actor: &mut Actor<H>,
+    invalidation: &Invalidation<'_>,
+    range: GfnRange,
+    mut debt: FlushDebt,
+) {
+    if !range.is_empty() && invalidation.others_in_progress() {
+        actor.stats().inc(Counter::FlushOwed);
+        debt.owe(range);
+    }
+    actor.pay(debt, FlushScope::Ranges);
 }
 
 /// Zap until the walk ends (`None`) or a slice is full.

@@ -37,6 +37,10 @@ enum Op {
     SmallBeside,
     /// A huge write fault on the page: replaces a table. Whoever made a frame free by that uses it.
     Huge,
+    /// The table is replaced by a call, without a fault. Frames as for `Huge`.
+    CollapseRange,
+    /// The host gives the page another place and says which.
+    ChangePage,
     /// Both before the guest asks: where entries are access-tracked, the fast path would take a
     /// fault on a page that is there.
     PrefaultSmall,
@@ -155,6 +159,20 @@ fn zap<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, range: GfnRange) -> Za
     report
 }
 
+fn change_page<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>) -> ZapReport {
+    let host = world.vm.host();
+    let invalidation = world.vm.notify().begin(vcpu.actor().participant(), PAGE);
+    host.replace(PAGE);
+    host.set_huge(false);
+    let page = host.page(GFN);
+    let done = world.mmu.change_pte_in(vcpu.actor(), &invalidation, 0, GFN, page);
+    let stale = host.is_stale(PAGE);
+    host.release(PAGE);
+    drop(invalidation);
+    assert!(!stale, "the old page is used after the call returned (I11)");
+    done.expect("a page in range").taken
+}
+
 fn run<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, op: Op, stranger: Spte) -> Seen {
     let mut seen = Seen::default();
     match op {
@@ -166,6 +184,11 @@ fn run<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, op: Op, stranger: Spte
             seen.fault = Some(take_fault(vcpu, &write_fault(GFN, Level::L2, false)));
             seen.reused = reuse(world, stranger);
         }
+        Op::CollapseRange => {
+            let _ = world.mmu.collapse(vcpu.actor(), 0, BOTH);
+            seen.reused = reuse(world, stranger);
+        }
+        Op::ChangePage => seen.zapped = Some(change_page(world, vcpu)),
         Op::PrefaultSmall => seen.fault = Some(take_fault(vcpu, &prefault(Level::L1))),
         Op::PrefaultHuge => {
             seen.fault = Some(take_fault(vcpu, &prefault(Level::L2)));
@@ -313,4 +336,34 @@ shapes! {
     fn collapse_against_fast_fault(Legacy, TableProtected, Huge, Fast);
     #[test]
     fn collapse_against_access_through_the_table(Legacy, TableClean, Huge, Access);
+
+    #[test]
+    fn collapse_of_a_range_against_fault_below(Legacy, Table, CollapseRange, SmallBeside);
+    #[test]
+    fn collapse_of_a_range_against_zap(Legacy, Table, CollapseRange, ZapBoth);
+    #[test]
+    fn collapse_of_a_range_against_zap_of_the_page(Legacy, Table, CollapseRange, ZapPage);
+    #[test]
+    fn collapse_of_a_range_against_zap_root(Legacy, Table, CollapseRange, ZapRoot);
+    #[test]
+    fn collapse_of_a_range_against_age(Legacy, Table, CollapseRange, Age);
+    #[test]
+    fn collapse_of_a_range_against_fast_fault(Legacy, TableProtected, CollapseRange, Fast);
+    #[test]
+    fn collapse_of_a_range_against_access(Legacy, TableClean, CollapseRange, Access);
+
+    #[test]
+    fn change_of_page_against_fault(Legacy, Table, ChangePage, Small);
+    #[test]
+    fn change_of_page_against_fast_fault(Legacy, TableProtected, ChangePage, Fast);
+    #[test]
+    fn change_of_page_against_split(Legacy, Huge, ChangePage, SmallBeside);
+    #[test]
+    fn change_of_page_against_collapse(Legacy, Table, ChangePage, Huge);
+    #[test]
+    fn change_of_page_against_age(Legacy, Table, ChangePage, Age);
+    #[test]
+    fn change_of_page_against_zap(Legacy, Table, ChangePage, ZapRoot);
+    #[test]
+    fn change_of_page_against_access(Legacy, TableClean, ChangePage, Access);
 }
