@@ -95,6 +95,12 @@ bitflags! {
         const LINEAR_VALID = 1 << 7;
         /// The access was to the translation of a linear address, not to a guest table.
         const FINAL = 1 << 8;
+        /// Advanced information, with [`Self::FINAL`]: the linear address is a user-mode one.
+        const USER_LINEAR = 1 << 9;
+        /// Advanced information, with [`Self::FINAL`]: the guest's tables permit writes.
+        const WRITABLE_LINEAR = 1 << 10;
+        /// Advanced information, with [`Self::FINAL`]: the guest's tables forbid execution.
+        const NO_EXECUTE_LINEAR = 1 << 11;
         const _ = !0;
     }
 }

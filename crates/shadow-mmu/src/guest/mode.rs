@@ -1,6 +1,7 @@
 //! Paging modes of a guest (SDM 3A 4.1.1; APM 2 5.1), and the formats of nested guests.
 
 use core::fmt;
+use core::ops::RangeInclusive;
 
 use mmu_core::addr::Level;
 
@@ -24,6 +25,11 @@ pub enum PagingMode {
         /// 4 or 5.
         levels: Level,
     },
+    /// A nested guest's NPT: the guest hypervisor's own long mode, walked for user accesses.
+    Npt {
+        /// 4 or 5.
+        levels: Level,
+    },
 }
 
 impl PagingMode {
@@ -33,6 +39,15 @@ impl PagingMode {
     /// [`ModeError`] names a combination that no processor accepts.
     pub fn of(cpu: &GuestCpu, controls: GuestControls) -> Result<Self, ModeError> {
         let has = |bit: GuestControls| controls.contains(bit);
+        if !PHYS_BITS.contains(&cpu.max_phys_bits) {
+            return Err(ModeError::PhysBits { bits: cpu.max_phys_bits });
+        }
+        if has(GuestControls::NXE) && !cpu.nx {
+            return Err(ModeError::NxUnsupported);
+        }
+        if has(GuestControls::PKE) && !cpu.pku {
+            return Err(ModeError::KeysUnsupported);
+        }
         if !has(GuestControls::PG) {
             return Ok(Self::None);
         }
@@ -57,7 +72,7 @@ impl PagingMode {
             Self::Pae => Some(Level::L3),
             Self::Long4 => Some(Level::L4),
             Self::Long5 => Some(Level::L5),
-            Self::Ept { levels } => Some(levels),
+            Self::Ept { levels } | Self::Npt { levels } => Some(levels),
         }
     }
 
@@ -105,21 +120,50 @@ impl PagingMode {
     }
 }
 
-/// Control registers that no processor accepts.
+/// Physical address widths that exist.
+pub(super) const PHYS_BITS: RangeInclusive<u8> = 32..=52;
+
+/// Control registers that no processor accepts, or a processor that does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ModeError {
     /// EFER.LME with CR0.PG and CR4.PAE = 0.
     LongModeWithoutPae,
     /// CR4.LA57 on a processor without it.
     La57Unsupported,
+    /// EFER.NXE on a processor without no-execute pages.
+    NxUnsupported,
+    /// CR4.PKE on a processor without protection keys.
+    KeysUnsupported,
+    /// A physical address width outside 32 to 52.
+    PhysBits {
+        /// The width given.
+        bits: u8,
+    },
+    /// Nested tables of other than four levels, or five where they exist.
+    NestedLevels {
+        /// The levels asked for.
+        levels: Level,
+    },
 }
 
 impl fmt::Display for ModeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::LongModeWithoutPae => "EFER.LME and CR0.PG are set, CR4.PAE is not",
-            Self::La57Unsupported => "CR4.LA57 is set; the guest's CPUID does not offer it",
-        })
+        let unsupported = match self {
+            Self::LongModeWithoutPae => {
+                return f.write_str("EFER.LME and CR0.PG are set, CR4.PAE is not");
+            }
+            Self::PhysBits { bits } => {
+                return write!(f, "{bits} physical address bits: there are 32 to 52");
+            }
+            Self::NestedLevels { levels } => {
+                let levels = levels.number();
+                return write!(f, "nested tables of {levels} levels are not offered");
+            }
+            Self::La57Unsupported => "CR4.LA57",
+            Self::NxUnsupported => "EFER.NXE",
+            Self::KeysUnsupported => "CR4.PKE",
+        };
+        write!(f, "{unsupported} is set; the guest's CPUID does not offer it")
     }
 }
 
@@ -150,6 +194,24 @@ mod tests {
         let old = GuestCpu::baseline();
         let error = PagingMode::of(&old, long.union(C::LA57));
         assert_eq!(error, Err(ModeError::La57Unsupported));
+    }
+
+    #[test]
+    fn bits_that_the_processor_does_not_have_are_refused_by_name() {
+        let cpu = GuestCpu { nx: false, ..GuestCpu::baseline() };
+        let refused = [
+            (cpu, GuestControls::NXE, ModeError::NxUnsupported),
+            (cpu, GuestControls::PKE, ModeError::KeysUnsupported),
+        ];
+        for (cpu, controls, error) in refused {
+            assert_eq!(PagingMode::of(&cpu, controls), Err(error));
+            assert!(std::string::ToString::to_string(&error).contains("CPUID"), "{error}");
+        }
+        for bits in [0, 31, 53, 255] {
+            let cpu = GuestCpu { max_phys_bits: bits, ..GuestCpu::baseline() };
+            let error = PagingMode::of(&cpu, GuestControls::PG);
+            assert_eq!(error, Err(ModeError::PhysBits { bits }));
+        }
     }
 
     #[test]

@@ -1,0 +1,243 @@
+//! The walk itself: down one dimension of tables, the same for every format.
+//!
+//! Owns [`descend`]. Each entry is read once an attempt, checked on the way down, and kept;
+//! permissions are decided at the end; then accessed and dirty bits are set by compare-exchange,
+//! top to leaf (KVM row 4.11). An exchange that is lost starts the walk over, a bounded number of
+//! times. What the addresses of tables themselves need is [`Beneath`]'s: nothing, or a walk of
+//! another dimension. No locks.
+
+use arrayvec::ArrayVec;
+
+use mmu_core::access::Access;
+use mmu_core::addr::{Gfn, Gpa, Level, PAGE_SIZE};
+
+use super::memory::{Exchange, GuestMem};
+use super::permit::{Operation, Request};
+use super::rules::Rules;
+use super::walk::{Cause, Dirtiness, GuestEntry, NestedFault, WalkPath};
+
+/// Attempts before a walk gives the vCPU back to the guest. Each lost one means that another CPU
+/// has changed an entry, so the guest as a whole moves on.
+pub(super) const MAX_ATTEMPTS: u32 = 8;
+
+/// Where tables stand: the dimension below.
+pub(super) trait Beneath {
+    /// Where memory has the table entry at `gpa`, whether an accessed bit may be written there, and
+    /// the reads that finding out took.
+    fn locate<M: GuestMem + ?Sized>(&self, mem: &M, gpa: Gpa) -> Result<Located, Stop>;
+
+    /// The fault of a write to an entry that [`Self::locate`] found unwritable.
+    fn unwritable(&self, place: &Located) -> Stop;
+}
+
+/// Where an entry stands.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Located {
+    /// As the walked dimension knows it.
+    pub(super) gpa: Gpa,
+    /// In the memory that is read.
+    pub(super) at: Gpa,
+    /// What the dimension below permits there.
+    pub(super) access: Access,
+    pub(super) loads: u32,
+}
+
+/// Tables stand where their addresses say.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Flat;
+
+impl Beneath for Flat {
+    #[inline]
+    fn locate<M: GuestMem + ?Sized>(&self, _: &M, gpa: Gpa) -> Result<Located, Stop> {
+        Ok(Located { gpa, at: gpa, access: Access::ALL, loads: 0 })
+    }
+
+    fn unwritable(&self, _: &Located) -> Stop {
+        Stop::Contended
+    }
+}
+
+/// Why a walk ended without a page.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Stop {
+    /// In this dimension.
+    Here(Halt),
+    /// In the one below.
+    Beneath(NestedFault),
+    /// Every attempt was lost.
+    Contended,
+}
+
+/// A fault, before a format gives it a code.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Halt {
+    pub(super) cause: Cause,
+    /// Of the entry that decided.
+    pub(super) level: Level,
+    /// What the entries together permit, for [`Cause::Permission`].
+    pub(super) access: Access,
+    /// The protection key forbids it.
+    pub(super) key: KeyVerdict,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum KeyVerdict {
+    Permits,
+    Forbids,
+}
+
+/// Where to begin: the first table, and its level.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Start {
+    pub(super) table: Gpa,
+    pub(super) level: Level,
+}
+
+fn halt(cause: Cause, level: Level) -> Stop {
+    let (access, key) = (Access::empty(), KeyVerdict::Permits);
+    Stop::Here(Halt { cause, level, access, key })
+}
+
+/// One attempt's findings, before it is known to hold.
+struct Attempt {
+    path: WalkPath,
+    /// Beside the entries of `path`.
+    places: ArrayVec<Located, { Level::ALL.len() }>,
+}
+
+/// Walk from `start` to the page of `address` (invariant I19).
+pub(super) fn descend<M: GuestMem + ?Sized, B: Beneath>(
+    rules: &Rules,
+    mem: &M,
+    beneath: &B,
+    start: Start,
+    address: u64,
+    request: Request,
+) -> Result<WalkPath, Stop> {
+    for attempts in 1..=MAX_ATTEMPTS {
+        let mut attempt = read_down(rules, mem, beneath, start, address)?;
+        check(rules, &attempt.path, request)?;
+        let operation = request.operation;
+        if mark(rules, mem, beneath, &mut attempt, address, operation)? == Exchange::Lost {
+            continue;
+        }
+        let mut path = attempt.path;
+        path.attempts = attempts;
+        return Ok(path);
+    }
+    Err(Stop::Contended)
+}
+
+/// Read entries down to the leaf, each once.
+#[inline]
+fn read_down<M: GuestMem + ?Sized, B: Beneath>(
+    rules: &Rules,
+    mem: &M,
+    beneath: &B,
+    start: Start,
+    address: u64,
+) -> Result<Attempt, Stop> {
+    let mut entries = ArrayVec::new();
+    let mut places = ArrayVec::new();
+    let (mut level, mut table, mut above) = (start.level, start.table, Access::ALL);
+    let mut loads = 0;
+    // The level strictly falls, and what is read at level 1 is a leaf.
+    loop {
+        let place = beneath.locate(mem, rules.entry_at(table, level, address))?;
+        let read = mem.read(place.at, rules.width);
+        let value = read.map_err(|_| halt(Cause::NotMemory, level))?;
+        loads += place.loads + 1;
+        if !rules.is_present(value) {
+            return Err(halt(Cause::NotPresent, level));
+        }
+        if rules.is_rejected(level, value) {
+            return Err(halt(Cause::Reserved, level));
+        }
+        // INVARIANT[I19]: five levels and five places; a level less each time.
+        entries.push(GuestEntry { gpa: place.at, level, width: rules.width, above, value });
+        places.push(place);
+        above &= rules.access(value);
+        if rules.is_leaf(level, value) {
+            let gfn = rules.frame(level, value, address);
+            return Ok(Attempt { path: found(rules, entries, gfn, level, above, loads), places });
+        }
+        table = rules.table(value);
+        level = level.below();
+    }
+}
+
+fn found(
+    rules: &Rules,
+    entries: ArrayVec<GuestEntry, { Level::ALL.len() }>,
+    gfn: Gfn,
+    level: Level,
+    access: Access,
+    loads: u32,
+) -> WalkPath {
+    let dirty = match entries.last() {
+        _ if rules.dirty == 0 => Dirtiness::Untracked,
+        Some(leaf) if leaf.value & rules.dirty == 0 => Dirtiness::Clean,
+        _ => Dirtiness::Dirty,
+    };
+    WalkPath { entries, gfn, level, access, dirty, loads, attempts: 1 }
+}
+
+/// Do the entries together permit the request (KVM rows 4.9 and 4.10)?
+#[inline]
+fn check(rules: &Rules, path: &WalkPath, request: Request) -> Result<(), Stop> {
+    let mut key = KeyVerdict::Permits;
+    if rules.keys && path.access.contains(Access::USER) {
+        let leaf = path.entries.last().map_or(0, |leaf| leaf.value);
+        if request.key_forbids(Rules::key(leaf)) {
+            key = KeyVerdict::Forbids;
+        }
+    }
+    if key == KeyVerdict::Forbids || rules.permit.forbids(request, path.access) {
+        let (cause, level, access) = (Cause::Permission, path.level, path.access);
+        return Err(Stop::Here(Halt { cause, level, access, key }));
+    }
+    Ok(())
+}
+
+/// Set what the processor would set. [`Exchange::Lost`] when an entry has changed since it was
+/// read; bits set before that stay, as with a processor.
+#[inline]
+fn mark<M: GuestMem + ?Sized, B: Beneath>(
+    rules: &Rules,
+    mem: &M,
+    beneath: &B,
+    attempt: &mut Attempt,
+    address: u64,
+    operation: Operation,
+) -> Result<Exchange, Stop> {
+    let path = &mut attempt.path;
+    let leaf_level = path.level;
+    for (entry, place) in path.entries.iter_mut().zip(&attempt.places) {
+        let dirties = entry.level == leaf_level && operation == Operation::Write;
+        let wanted = rules.accessed | if dirties { rules.dirty } else { 0 };
+        if entry.value & wanted == wanted {
+            continue;
+        }
+        if !place.access.contains(Access::WRITE) {
+            return Err(beneath.unwritable(place));
+        }
+        if dirties && rules.logs_dirty && entry.value & rules.dirty == 0 {
+            // Before the bit is set: a page that is dirty and not in the log would be lost.
+            let page = Gpa::new(address & !(PAGE_SIZE - 1));
+            mem.log_dirty(page).map_err(|_| halt(Cause::LogFull, entry.level))?;
+        }
+        let new = entry.value | wanted;
+        match mem.compare_exchange(entry.gpa, entry.width, entry.value, new) {
+            Ok(Exchange::Done) => {
+                entry.value = new;
+                if dirties {
+                    path.dirty = Dirtiness::Dirty;
+                }
+            }
+            Ok(Exchange::ReadOnly) => {}
+            Ok(Exchange::Lost) => return Ok(Exchange::Lost),
+            Err(_) => return Err(halt(Cause::NotMemory, entry.level)),
+        }
+    }
+    Ok(Exchange::Done)
+}
