@@ -12,6 +12,8 @@
 //! | `cache` | a bounded or unbounded map with seeded eviction |
 //! | `tlb` | [`Tlb`] and [`Psc`]: stale until flushed |
 //! | `cpu` | [`SoftCpu`]: walker and caches together |
+//! | `guest` | [`GuestMachine`]: a guest's own paging in every mode, keys, SMEP and SMAP included |
+//! | `guest_nested` | [`NestedMachine`]: the same in two dimensions |
 //! | `map` | [`MapModel`]: what a mapping layer must look like from outside |
 //! | `random` | [`Random`]: a generator whose seed can be printed |
 //!
@@ -23,6 +25,8 @@ mod access;
 mod cache;
 mod cpu;
 mod format;
+mod guest;
+mod guest_nested;
 mod map;
 mod phys;
 mod random;
@@ -33,6 +37,9 @@ pub use access::{Access, AccessKind, FaultKind, Permissions, Stage};
 pub use cache::Capacity;
 pub use cpu::{Caches, Denial, SoftCpu, Stats};
 pub use format::{Entry, Ept, Format, Legacy, Mode, Npt, Rules, Vendor};
+pub use guest::{GuestAccess, GuestMachine, GuestMode, GuestRoots, GuestWords};
+pub use guest::{Rights, Trace, Verdict, Who};
+pub use guest_nested::{NestedExit, NestedMachine, NestedVerdict};
 pub use map::{Backing, Fixed, MapModel, Page, Refusal};
 pub use phys::{MappedMem, PhysMem, VecMem};
 pub use random::Random;

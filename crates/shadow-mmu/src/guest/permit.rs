@@ -157,9 +157,7 @@ fn linear_forbids(smep: bool, smap: bool, request: Request, access: Access) -> b
     let user_page = access.contains(Access::USER);
     let kind_forbids = match request.operation {
         Operation::Read => !access.contains(Access::READ),
-        Operation::Write => {
-            !access.contains(Access::WRITE) && !request.ignores_write_protection()
-        }
+        Operation::Write => !access.contains(Access::WRITE) && !request.ignores_write_protection(),
         Operation::Fetch => !access.contains(Access::EXEC),
     };
     let mode_forbids = match (request.privilege, request.operation) {
@@ -251,7 +249,8 @@ mod tests {
     fn a_key_never_forbids_a_fetch_and_wd_yields_to_a_supervisor_without_wp() {
         let all = Request { pkru: u32::MAX, ..Request::new(Operation::Fetch, Privilege::User) };
         assert!((0..16).all(|key| !all.key_forbids(key)));
-        let write = Request { pkru: 2 << 6, ..Request::new(Operation::Write, Privilege::Supervisor) };
+        let write =
+            Request { pkru: 2 << 6, ..Request::new(Operation::Write, Privilege::Supervisor) };
         assert!(write.key_forbids(3) && !write.key_forbids(2));
         let without = Request { write_protect: WriteProtect::Off, ..write };
         assert!(!without.key_forbids(3));

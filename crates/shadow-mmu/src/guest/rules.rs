@@ -57,10 +57,7 @@ enum Permissions {
     /// W, U, and NX the other way round.
     Legacy,
     /// R, W and X; bit 10 for user fetches.
-    Ept {
-        exec_only: bool,
-        mode_based_execute: bool,
-    },
+    Ept { exec_only: bool, mode_based_execute: bool },
 }
 
 /// A format's rules.
@@ -275,7 +272,10 @@ impl Rules {
         match self.permissions {
             // NX without EFER.NXE is a reserved bit and was rejected.
             Permissions::Legacy => {
-                Access::READ | write | when(value & 4, Access::USER) | when(!value & NX, Access::EXEC)
+                Access::READ
+                    | write
+                    | when(value & 4, Access::USER)
+                    | when(!value & NX, Access::EXEC)
             }
             Permissions::Ept { mode_based_execute, .. } => {
                 let user = if mode_based_execute { value & 1 << 10 } else { 1 };

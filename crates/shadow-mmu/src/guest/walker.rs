@@ -316,9 +316,7 @@ impl GuestWalker {
             key: KeyVerdict::Permits,
         };
         let found = match start {
-            First::Table(start) => {
-                descend(&self.rules, mem, beneath, start, gva.get(), request)
-            }
+            First::Table(start) => descend(&self.rules, mem, beneath, start, gva.get(), request),
             First::Absent => Err(Stop::Here(absent)),
         };
         match found {

@@ -1,0 +1,197 @@
+//! Guest walks against the independent model on whole spaces of cases, modelled on the case space
+//! of kvm-unit-tests' access test: every combination of the bits of the two last entries, of the
+//! access, of the control registers. Compared: fault or not, every bit of the error code, the
+//! address, what the entries permit together, which entries were read in which order, which were
+//! changed in which order, and to what.
+//!
+//! The counts are asserted: a space that shrinks by mistake is noticed. `GUEST_WALK_CASES=long`
+//! multiplies the main space by vendors, address widths and SMAP (more than 500 million cases).
+
+mod guest_support;
+
+use std::time::Instant;
+
+use guest_support::chain::{Pair, asked, table};
+use guest_support::{A, D, EVERYBODY, KERNEL, KINDS, LINK, NX, P, PS, U, W, machine};
+use mmu_model::{AccessKind, GuestMachine, GuestMode, Vendor, Who};
+
+const LONG4: u64 = 0xffff_8123_4567_8abc;
+const LONG5: u64 = 0xff12_3456_789a_bcde;
+const LOW: u64 = 0x1234_5678;
+/// Where leaves lead, in all formats: aligned for 1 GiB.
+const PAGE: u64 = 0x4000_0000;
+
+/// Bits that every format ignores in every entry of 8 bytes.
+const IGNORED: u64 = 0x07f0_0000_0000_0e18;
+
+/// All subsets of `flags`, each alone and with one of `singles`.
+fn entries(flags: &[u64], singles: &[u64]) -> Vec<u64> {
+    let subsets = 0..1_u64 << flags.len();
+    let subsets = subsets.map(|set| {
+        let chosen = flags.iter().enumerate().filter(|(bit, _)| set >> bit & 1 != 0);
+        chosen.map(|(_, flag)| flag).sum::<u64>()
+    });
+    subsets
+        .flat_map(|value| {
+            let single = singles.iter().map(move |single| value | single);
+            std::iter::once(value).chain(single)
+        })
+        .collect()
+}
+
+/// Reserved bits to try in a format.
+fn reserved(machine: &GuestMachine) -> Vec<u64> {
+    let bits: &[u8] = match machine.mode {
+        GuestMode::Pae if machine.max_phys_bits == 36 => &[62, 36],
+        GuestMode::Pae => &[62],
+        _ => &[51, 36],
+    };
+    let high = bits.iter().filter(|bit| **bit >= machine.max_phys_bits);
+    high.map(|bit| 1 << bit).collect()
+}
+
+/// The two last entries in every combination with at most one reserved bit between them.
+struct LastTwo {
+    pdes: Vec<u64>,
+    ptes: Vec<u64>,
+    reserved: u64,
+}
+
+impl LastTwo {
+    fn new(machine: &GuestMachine) -> Self {
+        let high = reserved(machine);
+        let mut large = high.clone();
+        large.push(1 << 13);
+        let pdes = entries(&[P, W, U, A, D, PS, NX], &large);
+        // Bit 13 of an entry that leads to a table is an address bit.
+        let pdes = pdes.into_iter().filter(|pde| pde & PS != 0 || pde & 1 << 13 == 0).collect();
+        let ptes = entries(&[P, W, U, A, D, NX], &high);
+        let unless_nxe = if machine.nxe { 0 } else { NX };
+        let reserved = high.iter().sum::<u64>() | 1 << 13 | unless_nxe;
+        Self { pdes, ptes, reserved }
+    }
+
+    /// Call `each` with every combination. `noise` goes into bits that are ignored.
+    #[inline]
+    fn each(&self, mut each: impl FnMut(u64, u64)) {
+        let mut noise = 0_u64;
+        for pde in &self.pdes {
+            let rejected = (pde & self.reserved).count_ones();
+            let leads = if pde & PS != 0 { PAGE } else { table(1) };
+            for pte in &self.ptes {
+                if rejected + (pte & self.reserved).count_ones() > 1 {
+                    continue;
+                }
+                noise = noise.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767);
+                let ignored = noise & IGNORED;
+                each(pde | leads | ignored, pte | PAGE | ignored.rotate_left(0));
+            }
+        }
+    }
+}
+
+/// Every setting of some control registers.
+fn settings(base: GuestMachine, flags: usize) -> impl Iterator<Item = GuestMachine> {
+    (0..1_u32 << flags).map(move |bits| GuestMachine {
+        nxe: bits & 1 != 0,
+        wp: bits & 2 != 0,
+        smep: bits & 4 != 0,
+        ..base
+    })
+}
+
+/// What a space came to.
+#[derive(Clone, Copy, Default)]
+struct Count {
+    cases: u64,
+    again: u64,
+    reached: u64,
+}
+
+impl Count {
+    fn add(&mut self, pair: &Pair) {
+        self.cases += pair.cases;
+        self.again += pair.again;
+        self.reached += pair.reached;
+    }
+
+    fn print(&self, name: &str, begun: Instant) {
+        eprintln!(
+            "CASES {name}: {} compared, and {} second accesses; {} reached a page; {:.1} s",
+            self.cases,
+            self.again,
+            self.reached,
+            begun.elapsed().as_secs_f64()
+        );
+        assert!(self.reached > self.cases / 100, "{name}: next to nothing is permitted");
+    }
+}
+
+/// The access test's own space: P, W, U, A, D, NX and reserved bits of the two last entries, PS, W
+/// of the third, keys, read, write, fetch, user or not, NXE, WP, SMEP, PKE. Upper entries have
+/// accessed bits clear.
+fn access_space(base: GuestMachine, address: u64) -> Count {
+    let mut count = Count::default();
+    for machine in settings(base, 3) {
+        for pke in [false, true] {
+            let machine = GuestMachine { pke, ..machine };
+            access_setting(machine, address, &mut count);
+        }
+    }
+    count
+}
+
+fn access_setting(machine: GuestMachine, address: u64, count: &mut Count) {
+    let last = LastTwo::new(&machine);
+    let mut pair = Pair::new(machine, address);
+    for level in 4..=machine.first_level() {
+        pair.chain.set(level, LINK | table(level - 1));
+    }
+    // A and D of the other keys are set, and must not matter.
+    let rights: &[u32] = if machine.pke { &[0, 1, 2, 3] } else { &[0] };
+    for who in [Who::User, KERNEL] {
+        for kind in KINDS {
+            for rights in rights {
+                let pkru = 0xffff_ffc0 | rights << 2;
+                let (access, request) = asked(&machine, kind, who, pkru & !0b11);
+                for key in [0, 1 << 59] {
+                    for writable in [0, W] {
+                        let pdpte = P | U | writable | table(2);
+                        last.each(|pde, pte| {
+                            for level in 4..=machine.first_level() {
+                                pair.chain.set(level, LINK | table(level - 1));
+                            }
+                            pair.chain.set(3, pdpte);
+                            pair.chain.set(2, pde | key);
+                            pair.chain.set(1, pte | key);
+                            pair.compare(access, request);
+                        });
+                    }
+                }
+            }
+        }
+    }
+    count.add(&pair);
+}
+
+/// 19,169,280 for widths of 37 to 51 bits: 39 ways to place NX and at most one reserved bit, P, W,
+/// U, A and D of two entries, W of a third, 3 operations, 2 privileges, WP, SMEP, and 10 for keys.
+const ACCESS_CASES: u64 = 39 * (1 << 10) * 2 * 3 * 2 * 2 * 2 * 10 / 1;
+
+#[test]
+fn the_access_space_of_four_levels_agrees_with_the_model() {
+    let begun = Instant::now();
+    let count = access_space(machine(GuestMode::FourLevel), LONG4);
+    count.print("access, 4 levels", begun);
+    assert_eq!(count.cases, ACCESS_CASES);
+}
+
+#[test]
+fn the_access_space_of_five_levels_agrees_with_the_model() {
+    let begun = Instant::now();
+    let amd =
+        GuestMachine { max_phys_bits: 39, vendor: Vendor::Amd, ..machine(GuestMode::FiveLevel) };
+    let count = access_space(amd, LONG5);
+    count.print("access, 5 levels", begun);
+    assert_eq!(count.cases, ACCESS_CASES);
+}
