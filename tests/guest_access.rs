@@ -13,7 +13,7 @@ use std::time::Instant;
 
 use guest_support::chain::{Pair, asked, table};
 use guest_support::{A, D, EVERYBODY, KERNEL, KINDS, LINK, NX, P, PS, U, W, machine};
-use mmu_model::{AccessKind, GuestMachine, GuestMode, Vendor, Who};
+use mmu_model::{GuestMachine, GuestMode, Vendor, Who};
 
 const LONG4: u64 = 0xffff_8123_4567_8abc;
 const LONG5: u64 = 0xff12_3456_789a_bcde;
@@ -21,8 +21,13 @@ const LOW: u64 = 0x1234_5678;
 /// Where leaves lead, in all formats: aligned for 1 GiB.
 const PAGE: u64 = 0x4000_0000;
 
-/// Bits that every format ignores in every entry of 8 bytes.
-const IGNORED: u64 = 0x07f0_0000_0000_0e18;
+/// Bits that say nothing about a translation: caching, and those left to software.
+const fn ignored(machine: &GuestMachine) -> u64 {
+    match machine.mode {
+        GuestMode::TwoLevel | GuestMode::Pae => 0xe18,
+        _ => 0x07f0_0000_0000_0e18,
+    }
+}
 
 /// All subsets of `flags`, each alone and with one of `singles`.
 fn entries(flags: &[u64], singles: &[u64]) -> Vec<u64> {
@@ -55,6 +60,7 @@ struct LastTwo {
     pdes: Vec<u64>,
     ptes: Vec<u64>,
     reserved: u64,
+    ignored: u64,
 }
 
 impl LastTwo {
@@ -68,7 +74,7 @@ impl LastTwo {
         let ptes = entries(&[P, W, U, A, D, NX], &high);
         let unless_nxe = if machine.nxe { 0 } else { NX };
         let reserved = high.iter().sum::<u64>() | 1 << 13 | unless_nxe;
-        Self { pdes, ptes, reserved }
+        Self { pdes, ptes, reserved, ignored: ignored(machine) }
     }
 
     /// Call `each` with every combination. `noise` goes into bits that are ignored.
@@ -83,8 +89,7 @@ impl LastTwo {
                     continue;
                 }
                 noise = noise.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767);
-                let ignored = noise & IGNORED;
-                each(pde | leads | ignored, pte | PAGE | ignored.rotate_left(0));
+                each(pde | leads | noise & self.ignored, pte | PAGE | noise << 1 & self.ignored);
             }
         }
     }
@@ -176,7 +181,17 @@ fn access_setting(machine: GuestMachine, address: u64, count: &mut Count) {
 
 /// 19,169,280 for widths of 37 to 51 bits: 39 ways to place NX and at most one reserved bit, P, W,
 /// U, A and D of two entries, W of a third, 3 operations, 2 privileges, WP, SMEP, and 10 for keys.
-const ACCESS_CASES: u64 = 39 * (1 << 10) * 2 * 3 * 2 * 2 * 2 * 10 / 1;
+const ACCESS_CASES: u64 = 39 * (1 << 10) * 2 * 3 * 2 * 2 * 2 * 10;
+
+/// Ways to place NX and at most one reserved bit in the two last entries: 1, 39, 59 or 19 by the
+/// number of reserved bits that the width leaves.
+const fn ways(machine: &GuestMachine) -> u64 {
+    match (machine.mode, machine.max_phys_bits) {
+        (GuestMode::Pae, 36) | (_, ..=36) => 59,
+        (GuestMode::Pae, _) | (_, ..=51) => 39,
+        _ => 19,
+    }
+}
 
 #[test]
 fn the_access_space_of_four_levels_agrees_with_the_model() {
@@ -189,9 +204,191 @@ fn the_access_space_of_four_levels_agrees_with_the_model() {
 #[test]
 fn the_access_space_of_five_levels_agrees_with_the_model() {
     let begun = Instant::now();
-    let amd =
-        GuestMachine { max_phys_bits: 39, vendor: Vendor::Amd, ..machine(GuestMode::FiveLevel) };
+    let vendor = Vendor::Amd;
+    let amd = GuestMachine { max_phys_bits: 39, vendor, ..machine(GuestMode::FiveLevel) };
     let count = access_space(amd, LONG5);
     count.print("access, 5 levels", begun);
     assert_eq!(count.cases, ACCESS_CASES);
+}
+
+/// The two last entries for every privilege, with SMAP on.
+fn smap_space(base: GuestMachine, address: u64, count: &mut Count) {
+    for machine in settings(GuestMachine { smap: true, ..base }, 3) {
+        let last = LastTwo::new(&machine);
+        let mut pair = Pair::new(machine, address);
+        for who in EVERYBODY {
+            for kind in KINDS {
+                let (access, request) = asked(&machine, kind, who, 0);
+                last.each(|pde, pte| {
+                    for level in 3..=machine.first_level() {
+                        pair.chain.set(level, LINK | A | table(level - 1));
+                    }
+                    pair.chain.set(2, pde);
+                    pair.chain.set(1, pte);
+                    pair.compare(access, request);
+                });
+            }
+        }
+        count.add(&pair);
+    }
+}
+
+#[test]
+fn smap_agrees_with_the_model_for_every_privilege_and_address_width() {
+    let begun = Instant::now();
+    let mut count = Count::default();
+    let mut expected = 0;
+    for (max_phys_bits, vendor) in
+        [(36, Vendor::Intel), (39, Vendor::Amd), (46, Vendor::Intel), (52, Vendor::Amd)]
+    {
+        let base = GuestMachine { max_phys_bits, vendor, ..machine(GuestMode::FourLevel) };
+        smap_space(base, LONG4, &mut count);
+        // A, D, P, W, U of both entries; WP, SMEP; 3 operations, 4 privileges.
+        expected += ways(&base) * (1 << 10) * 4 * 12;
+    }
+    count.print("SMAP, AC and implicit accesses", begun);
+    assert_eq!(count.cases, expected);
+    assert_eq!(expected, 7_667_712);
+}
+
+/// The two entries that decide about a page of 1 GiB.
+fn gigabyte_space(base: GuestMachine, address: u64, count: &mut Count) {
+    let pml4es = entries(&[P, W, U, NX], &[PS, 1 << 8, 1 << 51, 1 << 36]);
+    let pdptes = entries(&[P, W, U, A, D, PS, NX], &[1 << 12, 1 << 13, 1 << 29, 1 << 51]);
+    for machine in settings(base, 2) {
+        let mut pair = Pair::new(machine, address);
+        for who in [Who::User, KERNEL] {
+            for kind in KINDS {
+                let (access, request) = asked(&machine, kind, who, 0);
+                for pml4e in &pml4es {
+                    for pdpte in &pdptes {
+                        let leads =
+                            if pdpte & PS != 0 { PAGE } else { table(2) & !(pdpte & 0x3000) };
+                        pair.chain.set(5, LINK | table(4));
+                        pair.chain.set(4, pml4e | table(3));
+                        pair.chain.set(3, pdpte | leads);
+                        pair.chain.set(2, LINK | table(1));
+                        pair.chain.set(1, LINK | PAGE);
+                        pair.compare(access, request);
+                    }
+                }
+            }
+        }
+        count.add(&pair);
+    }
+}
+
+#[test]
+fn pages_of_1_gib_agree_with_the_model_where_they_exist_and_where_not() {
+    let begun = Instant::now();
+    let mut count = Count::default();
+    for gbpages in [false, true] {
+        for (vendor, max_phys_bits) in [(Vendor::Intel, 36), (Vendor::Amd, 46), (Vendor::Intel, 52)]
+        {
+            for (mode, address) in [(GuestMode::FourLevel, LONG4), (GuestMode::FiveLevel, LONG5)] {
+                let base = GuestMachine { vendor, max_phys_bits, gbpages, ..machine(mode) };
+                gigabyte_space(base, address, &mut count);
+            }
+        }
+    }
+    count.print("1 GiB", begun);
+    assert_eq!(count.cases, 2 * 3 * 2 * 4 * 6 * (16 * 5) * (128 * 5));
+}
+
+#[test]
+fn thirty_two_bit_paging_agrees_with_the_model() {
+    let begun = Instant::now();
+    let mut count = Count::default();
+    let pdes = entries(&[P, W, U, A, D, PS], &[1 << 13, 1 << 16, 1 << 17, 1 << 20, 1 << 21]);
+    let ptes = entries(&[P, W, U, A, D], &[]);
+    for (pse, pse36, max_phys_bits) in
+        [(false, true, 36), (true, false, 40), (true, true, 32), (true, true, 36), (true, true, 46)]
+    {
+        for smap in [false, true] {
+            let base = machine(GuestMode::TwoLevel);
+            let base = GuestMachine { pse, pse36, max_phys_bits, smap, ..base };
+            for machine in settings(base, 3) {
+                let mut pair = Pair::new(machine, LOW);
+                for who in EVERYBODY {
+                    for kind in KINDS {
+                        // Keys do not exist here, whatever PKRU says.
+                        let (access, request) = asked(&machine, kind, who, u32::MAX);
+                        for pde in &pdes {
+                            let small = pde & PS == 0 || !pse;
+                            let leads = if small { table(1) & !(pde & 0x3f_2000) } else { PAGE };
+                            for pte in &ptes {
+                                pair.chain.set(2, pde | leads);
+                                pair.chain.set(1, pte | 0xdead_b000);
+                                pair.compare(access, request);
+                            }
+                        }
+                    }
+                }
+                count.add(&pair);
+            }
+        }
+    }
+    count.print("32-bit", begun);
+    assert_eq!(count.cases, 5 * 2 * 8 * 12 * (64 * 6) * 32);
+}
+
+#[test]
+fn pae_agrees_with_the_model() {
+    let begun = Instant::now();
+    let mut count = Count::default();
+    let mut expected = 0;
+    for max_phys_bits in [36, 52] {
+        for smap in [false, true] {
+            let base = machine(GuestMode::Pae);
+            let base = GuestMachine { max_phys_bits, smap, ..base };
+            for machine in settings(base, 3) {
+                let last = LastTwo::new(&machine);
+                let mut pair = Pair::new(machine, LOW);
+                for who in EVERYBODY {
+                    for kind in KINDS {
+                        let (access, request) = asked(&machine, kind, who, u32::MAX);
+                        last.each(|pde, pte| {
+                            pair.chain.set(2, pde);
+                            pair.chain.set(1, pte);
+                            pair.compare(access, request);
+                        });
+                    }
+                }
+                count.add(&pair);
+            }
+            expected += ways(&base) * (1 << 10) * 4 * 12;
+        }
+    }
+    count.print("PAE", begun);
+    assert_eq!(count.cases, expected);
+    assert_eq!(expected, 9_633_792);
+}
+
+/// Both modes, both vendors, SMAP or not, four widths with 59, 39, 39 and 19 ways.
+const LONG_CASES: u64 = ACCESS_CASES / 39 * 156 * 8;
+
+#[test]
+fn half_a_billion_cases_agree_when_asked_for() {
+    let name = "half_a_billion_cases_agree_when_asked_for";
+    if std::env::var("GUEST_WALK_CASES").as_deref() != Ok("long") {
+        eprintln!("SKIPPED (GUEST_WALK_CASES is not `long`): {name}: {LONG_CASES} cases");
+        return;
+    }
+    let begun = Instant::now();
+    let mut count = Count::default();
+    for (mode, address) in [(GuestMode::FourLevel, LONG4), (GuestMode::FiveLevel, LONG5)] {
+        for vendor in [Vendor::Intel, Vendor::Amd] {
+            for max_phys_bits in [36, 39, 46, 52] {
+                for smap in [false, true] {
+                    let base = GuestMachine { vendor, max_phys_bits, smap, ..machine(mode) };
+                    let more = access_space(base, address);
+                    count.cases += more.cases;
+                    count.again += more.again;
+                    count.reached += more.reached;
+                }
+            }
+        }
+    }
+    count.print("access, long", begun);
+    assert_eq!(count.cases, LONG_CASES);
 }

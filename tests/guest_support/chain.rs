@@ -39,10 +39,14 @@ pub const fn table(level: u8) -> u64 {
 impl Chain {
     /// The chain for walks of `address` in the machine's mode.
     pub fn new(machine: &GuestMachine, address: u64) -> Self {
-        let bytes = machine.entry_bytes();
+        Self::of(machine.first_level(), machine.entry_bytes(), address)
+    }
+
+    /// A chain of `levels` tables with entries of `bytes` bytes.
+    pub fn of(levels: u8, bytes: u8, address: u64) -> Self {
         let bits = if bytes == 4 { 10 } else { 9 };
         let mut places = [u64::MAX; LEVELS];
-        for level in 1..=machine.first_level() {
+        for level in 1..=levels {
             let shift = 12 + bits * (u32::from(level) - 1);
             let index = address >> shift & ((1 << bits) - 1);
             places[usize::from(level) - 1] = table(level) + index * u64::from(bytes);
@@ -75,14 +79,14 @@ impl Chain {
         (self.places.get(level) == Some(&at)).then(|| &self.values[level])
     }
 
-    fn forget(&self) {
+    pub fn forget(&self) {
         self.read.set(0);
         self.change.set(0);
     }
 
     /// Was read and changed what `trace` says, in that order?
     #[inline]
-    fn agrees(&self, trace: &Trace) -> bool {
+    pub fn agrees(&self, trace: &Trace) -> bool {
         let (reads, writes) = (trace.reads(), trace.writes());
         self.read.get() == reads.len()
             && self.change.get() == writes.len()

@@ -6,9 +6,15 @@
 pub mod chain;
 pub mod pages;
 
-use mmu_model::{AccessKind, GuestAccess, GuestMachine, GuestMode, GuestRoots, Vendor, Who};
+use mmu_core::access::Access;
+use mmu_core::addr::Level;
+use mmu_model::{
+    AccessKind, Ept, Format, GuestAccess, GuestMachine, GuestMode, GuestRoots, NestedExit, Npt,
+    Rights, Vendor, Who, Why,
+};
 use shadow_mmu::guest::{
-    GuestControls, GuestCpu, GuestRoot, GuestWalker, Operation, Privilege, Request, WriteProtect,
+    EptCpu, GuestControls, GuestCpu, GuestRoot, GuestWalker, NestedFault, NestedReport,
+    NestedRequest, NestedWalker, Operation, Privilege, Purpose, Request, WriteProtect,
 };
 
 pub const P: u64 = 1;
@@ -107,4 +113,88 @@ pub fn root(walker: &GuestWalker, roots: GuestRoots) -> GuestRoot {
     }
     let pointers = chain::Pointers(roots.pdptes);
     GuestRoot::Pae(walker.load_pointers(&pointers, 0).expect("pointers that load"))
+}
+
+/// The library's walker for the model's nested format.
+pub fn nested_walker(format: &Format, advanced: bool) -> NestedWalker {
+    match *format {
+        Format::Ept(ept) => {
+            let cpu = EptCpu {
+                max_phys_bits: ept.max_phys_bits,
+                exec_only: ept.exec_only,
+                huge_2m: ept.huge_2m,
+                huge_1g: ept.huge_1g,
+                mode_based_execute: ept.mode_based_execute,
+                accessed_dirty: ept.accessed_dirty,
+                advanced_info: advanced,
+                five_levels: true,
+            };
+            let levels = Level::new(ept.levels).expect("4 or 5");
+            NestedWalker::ept(levels, &cpu).expect("a format that exists")
+        }
+        Format::Npt(npt) => {
+            let cpu = GuestCpu {
+                max_phys_bits: npt.max_phys_bits,
+                gbpages: npt.huge_1g,
+                la57: true,
+                ..GuestCpu::baseline()
+            };
+            let mut controls = GuestControls::LONG;
+            controls.set(GuestControls::NXE, npt.nxe);
+            controls.set(GuestControls::LA57, npt.levels == 5);
+            // What does not concern nested walks is on.
+            controls |= GuestControls::SMEP | GuestControls::SMAP;
+            NestedWalker::npt(&cpu, controls).expect("a format that exists")
+        }
+        Format::Legacy(_) => panic!("not a second dimension"),
+    }
+}
+
+/// Both nested formats with everything, of `levels`.
+pub fn nested_formats(levels: u8) -> Vec<Format> {
+    let ept = Ept { levels, ..Ept::new() };
+    let off = Ept { accessed_dirty: false, ..ept };
+    let by_mode = Ept { mode_based_execute: true, exec_only: false, ..ept };
+    let npt = Npt { levels, ..Npt::new() };
+    vec![Format::Ept(ept), Format::Ept(off), Format::Ept(by_mode), Format::Npt(npt)]
+}
+
+pub fn levels_of(format: &Format) -> u8 {
+    match format {
+        Format::Ept(ept) => ept.levels,
+        Format::Npt(npt) => npt.levels,
+        Format::Legacy(_) => panic!("not a second dimension"),
+    }
+}
+
+/// What the model says that the guest's tables permit, in the words of the library.
+pub fn linear(rights: Rights) -> Access {
+    let mut access = Access::READ;
+    access.set(Access::USER, rights.user);
+    access.set(Access::WRITE, rights.writable);
+    access.set(Access::EXEC, rights.executable);
+    access
+}
+
+pub fn nested_request(kind: AccessKind, why: Why) -> NestedRequest {
+    let purpose = match why {
+        Why::Page(rights) => Purpose::Final(linear(rights)),
+        Why::Table | Why::Update => Purpose::Table,
+        Why::Pointers => Purpose::Pointers,
+    };
+    NestedRequest { operation: operation(kind), purpose }
+}
+
+/// Do the two show the hypervisor the same?
+pub fn same_exit(predicted: &NestedExit, fault: &NestedFault) -> bool {
+    match (*predicted, fault.report) {
+        (NestedExit::Violation(code, gpa), NestedReport::EptViolation(qualification)) => {
+            qualification.bits() == code && fault.gpa.get() == gpa
+        }
+        (NestedExit::Misconfiguration(gpa), NestedReport::EptMisconfig) => fault.gpa.get() == gpa,
+        (NestedExit::NestedPageFault(code, gpa), NestedReport::Npf(info)) => {
+            info.bits() == code && fault.gpa.get() == gpa
+        }
+        _ => false,
+    }
 }

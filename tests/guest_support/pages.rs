@@ -16,6 +16,8 @@ pub struct Pages {
     read_only: RefCell<Vec<u64>>,
     /// Addresses read, in order.
     pub log: RefCell<Vec<u64>>,
+    /// Address, size and old value of the words changed by walks, in order.
+    pub journal: RefCell<Vec<(u64, u8, u64)>>,
     /// Compare-exchanges asked for.
     pub exchanges: Cell<u64>,
     /// Compare-exchanges still to be lost.
@@ -60,17 +62,17 @@ impl Pages {
         Some(u64::from_le_bytes(word))
     }
 
-    /// Every word that is not zero, for comparisons.
-    pub fn snapshot(&self) -> BTreeMap<u64, Vec<u8>> {
-        self.words.borrow().clone()
-    }
-
-    pub fn restore(&self, snapshot: &BTreeMap<u64, Vec<u8>>) {
-        self.words.borrow_mut().clone_from(snapshot);
+    /// Undo what walks have changed.
+    pub fn roll_back(&self) {
+        let mut journal = self.journal.borrow_mut();
+        while let Some((at, bytes, old)) = journal.pop() {
+            self.set(at, bytes, old);
+        }
     }
 
     pub fn forget(&self) {
         self.log.borrow_mut().clear();
+        self.journal.borrow_mut().clear();
         self.exchanges.set(0);
     }
 }
@@ -112,6 +114,7 @@ impl GuestMem for Pages {
         if found != old {
             return Ok(Exchange::Lost);
         }
+        self.journal.borrow_mut().push((at.get(), bytes(width), found));
         self.set(at.get(), bytes(width), new);
         Ok(Exchange::Done)
     }

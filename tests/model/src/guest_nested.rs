@@ -51,10 +51,14 @@ pub struct NestedMachine {
 
 /// Why the nested tables are asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Why {
+pub enum Why {
+    /// For an entry of a guest table.
     Table,
+    /// For the four pointers of PAE, by a load of CR3.
+    Pointers,
     /// To set an accessed or dirty bit in a guest table.
     Update,
+    /// For the page, of which the guest's own tables say this.
     Page(Rights),
 }
 
@@ -152,6 +156,23 @@ impl NestedMachine {
         Err(fault(describes))
     }
 
+    /// Follow one access in the nested dimension alone.
+    ///
+    /// # Errors
+    ///
+    /// What the hypervisor is shown.
+    pub fn second<M: GuestWords + ?Sized>(
+        &self,
+        mem: &M,
+        root: u64,
+        gpa: u64,
+        (kind, why): (AccessKind, Why),
+        trace: &mut Trace,
+    ) -> Result<u64, NestedExit> {
+        trace.clear();
+        self.nested(mem, root, gpa, kind, why, trace).map(|(pa, _)| pa)
+    }
+
     /// The nested dimension for one address.
     fn nested<M: GuestWords + ?Sized>(
         &self,
@@ -166,7 +187,7 @@ impl NestedMachine {
         if self.rules.refuse(gpa).is_some() {
             return Err(self.exit(FaultKind::NotPresent, gpa, none, kind, why));
         }
-        let access = asked(kind, why);
+        let access = self.asked(kind, why);
         let mut table = self.rules.root_table(root);
         let mut grants = Permissions::ALL;
         let mut used = Vec::new();
@@ -216,7 +237,7 @@ impl NestedMachine {
         access: AccessKind,
         why: Why,
     ) -> NestedExit {
-        let code = self.rules.fault_code(kind, grants, asked(access, why));
+        let code = self.rules.fault_code(kind, grants, self.asked(access, why));
         match (self.format, why) {
             (Format::Ept(_), _) if kind == FaultKind::Reserved => NestedExit::Misconfiguration(gpa),
             (Format::Ept(_), Why::Page(rights)) if self.advanced => {
@@ -231,12 +252,19 @@ impl NestedMachine {
             _ => NestedExit::NestedPageFault(code, gpa),
         }
     }
-}
 
-/// The access as the nested rules see it: "user" is the linear address being a user-mode one.
-const fn asked(kind: AccessKind, why: Why) -> Access {
-    match why {
-        Why::Table | Why::Update => Access { kind, user: false, stage: Stage::GuestTable },
-        Why::Page(rights) => Access { kind, user: rights.user, stage: Stage::Final },
+    /// The access as the nested rules see it: "user" is the linear address being a user-mode one.
+    /// AMD has no load of pointers: entries of that table are entries like others.
+    const fn asked(&self, kind: AccessKind, why: Why) -> Access {
+        let stage = match (why, self.format) {
+            (Why::Page(_), _) => Stage::Final,
+            (Why::Pointers, Format::Ept(_)) => Stage::NoLinear,
+            _ => Stage::GuestTable,
+        };
+        let user = match why {
+            Why::Page(rights) => rights.user,
+            _ => false,
+        };
+        Access { kind, user, stage }
     }
 }

@@ -39,7 +39,7 @@ pub use cpu::{Caches, Denial, SoftCpu, Stats};
 pub use format::{Entry, Ept, Format, Legacy, Mode, Npt, Rules, Vendor};
 pub use guest::{GuestAccess, GuestMachine, GuestMode, GuestRoots, GuestWords};
 pub use guest::{Rights, Trace, Verdict, Who};
-pub use guest_nested::{NestedExit, NestedMachine, NestedVerdict};
+pub use guest_nested::{NestedExit, NestedMachine, NestedVerdict, Why};
 pub use map::{Backing, Fixed, MapModel, Page, Refusal};
 pub use phys::{MappedMem, PhysMem, VecMem};
 pub use random::Random;
