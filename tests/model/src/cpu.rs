@@ -250,6 +250,12 @@ impl SoftCpu {
         self.psc.clear();
     }
 
+    /// INVLPG: forget the translation of an address, and the ways to it in the paging-structure
+    /// cache.
+    pub fn flush_address(&mut self, address: u64) {
+        self.forget_address(address);
+    }
+
     /// Forget the leaf translations of these pages (numbers of 4 KiB pages). The paging-structure
     /// cache keeps what it has.
     pub fn flush_pages(&mut self, pages: Range<u64>) {

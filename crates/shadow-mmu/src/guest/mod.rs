@@ -18,6 +18,7 @@
 
 pub mod cpu;
 mod descent;
+mod leaf;
 pub mod memory;
 pub mod mode;
 pub mod nested;
@@ -28,6 +29,7 @@ pub mod walk;
 pub mod walker;
 
 pub use cpu::{EptCpu, GuestControls, GuestCpu};
+pub(crate) use leaf::GuestLeaf;
 pub use memory::{EntryWidth, Exchange, GuestMem, LogFull, NotMemory};
 pub use mode::{ModeError, PagingMode};
 pub use nested::{NestedRequest, NestedTables, NestedWalker, Purpose, TwoDimensionalWalk};

@@ -327,9 +327,13 @@ impl GuestWalker {
         }
     }
 
+    pub(super) const fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
     /// Long mode: the unused upper bits repeat the highest used one. Elsewhere addresses have 32
     /// bits.
-    fn is_canonical(&self, gva: Gva) -> bool {
+    pub(crate) fn is_canonical(&self, gva: Gva) -> bool {
         let used = match self.rules.mode {
             PagingMode::None | PagingMode::Npt { .. } | PagingMode::Ept { .. } => return true,
             PagingMode::Bits32 | PagingMode::Pae => return gva.get() >> 32 == 0,

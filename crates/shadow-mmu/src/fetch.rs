@@ -1,0 +1,541 @@
+//! Shadow faults: from a walk over the guest's tables to an entry of ours.
+//!
+//! Owns [`ShadowVcpu::fault`]. Phases (KVM rows 4.16, 4.18): walk the guest's tables -> find slot
+//! and page with nothing held -> with the writer: make room, take memory -> in a section: stale? ->
+//! walk down our tables, making shadow pages and linking them -> install.
+//!
+//! **Flush before trust.** A new shadow of a guest table relies on seeing the guest's writes to it,
+//! and a CPU may still have a writable translation of the table. So an attempt that comes to owe a
+//! flush ends there; it is paid, still with the writer held, and the next attempt finds its work
+//! done and reads the guest's entries again. What an attempt reads after that, it may believe until
+//! the writer is told of a write.
+
+use mmu_core::access::Access;
+use mmu_core::addr::{Gfn, GfnRange, Gva, Level};
+use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome};
+use mmu_core::notify::Snapshot;
+use mmu_core::slot;
+use mmu_core::spte::{LeafSpec, Spte, SpteFormat};
+use mmu_core::stats::Counter;
+use mmu_core::traits::{Host, HostPage, ResolveError};
+
+use crate::error::ShadowError;
+use crate::guest::{GuestEntry, GuestMem, GuestWalk, GuestWalker, Operation, Request, WalkPath};
+use crate::page::{NewPage, Shadowed};
+use crate::rmap::{MAX_ALIASES, RmapKey};
+use crate::role::{ChildShape, PageRole};
+use crate::spte_ref::{PageId, SpteRef};
+use crate::sync::Synced;
+use crate::vcpu::ShadowVcpu;
+use crate::writer::{ShadowWriter, Work, WriterLock};
+use crate::zap::ShadowZap;
+
+/// Attempts of one fault: each but the last made a page, gave one up or protected one, a few a
+/// level, and the writer is held throughout.
+const MAX_ATTEMPTS: usize = 4 * Level::ALL.len();
+/// Shadow pages that one fault may make: one for each level below the root.
+pub(crate) const PAGES_PER_FAULT: u32 = 4;
+
+/// What the guest's side of a fault was resolved to, with nothing held.
+#[derive(Debug)]
+pub(crate) struct Target<'a> {
+    pub(crate) gva: Gva,
+    pub(crate) path: &'a WalkPath,
+    /// What the entry may permit.
+    pub(crate) access: Access,
+    pub(crate) write: bool,
+    pub(crate) prefetch: bool,
+    pub(crate) page: HostPage,
+    /// The level to install at, if no guest table is in the way.
+    pub(crate) goal: Level,
+    pub(crate) logged: bool,
+    pub(crate) generation: u64,
+    pub(crate) snapshot: Snapshot,
+    pub(crate) root: PageId,
+}
+
+/// How an attempt ended.
+pub(crate) enum Attempt {
+    /// Done.
+    Done(FaultOutcome),
+    /// Something was changed that needs a flush first, or that needs another look.
+    Again,
+}
+
+impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
+    /// Handle an access of the guest to the linear address that `walk` translated.
+    ///
+    /// The caller walked the guest's tables ([`GuestWalker::walk`]), which gave the guest its own
+    /// faults and set its accessed and dirty bits. `lock` is asked for the writer; until then
+    /// nothing is held, and the host's resolver may sleep.
+    ///
+    /// [`FaultOutcome::Retry`]: something changed meanwhile; walk again.
+    /// [`FaultOutcome::WriteProtected`]: the guest writes to a table of its own that has a shadow:
+    /// emulate the write and report it ([`ShadowWriter::guest_wrote`]).
+    ///
+    /// # Errors
+    /// [`ShadowError`]; no entry was changed.
+    pub fn fault<M, L>(
+        &mut self,
+        lock: &L,
+        guest: &GuestWalker,
+        mem: &M,
+        walk: &GuestWalk,
+        request: Request,
+    ) -> Result<FaultOutcome, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let target = match self.resolve(guest, walk, request)? {
+            Ok(target) => target,
+            Err(outcome) => return Ok(outcome),
+        };
+        self.actor.top_up(usize::try_from(PAGES_PER_FAULT).unwrap_or(4))?;
+        lock.with(|writer| {
+            writer.make_room(&mut self.actor, PAGES_PER_FAULT);
+            writer.reserve_for(&target, self.role)?;
+            let outcome = self.install(writer, guest, mem, &target);
+            if target.logged && target.write && outcome == FaultOutcome::Fixed {
+                // With the writer held: a harvest that comes next finds the mark.
+                let page = GfnRange::from_len(target.path.gfn, 1);
+                let _ = self.actor.mark_dirty(self.role.space(), page);
+            }
+            Ok(outcome)
+        })
+    }
+
+    /// Find slot and page.
+    fn resolve<'a>(
+        &mut self,
+        guest: &GuestWalker,
+        walk: &'a GuestWalk,
+        request: Request,
+    ) -> Result<Result<Target<'a>, FaultOutcome>, FaultError> {
+        let (path, space) = (&walk.path, self.role.space());
+        let gfn = path.gfn;
+        let max_gfn = self.mmu.config().max_gfn_exclusive();
+        if gfn >= max_gfn {
+            return Err(FaultError::BeyondPhysical { gpa: gfn.address(), max_gfn });
+        }
+        let Some(root) = self.root else { return Err(FaultError::NoRoot) };
+        if let Some(reason) = self.actor.vm().is_dead() {
+            return Err(FaultError::Dead { reason });
+        }
+        let snapshot = self.actor.vm().notify().snapshot();
+        if !self.actor.keep_slot(space, gfn) {
+            return Ok(Err(FaultOutcome::Emulate(EmulateReason::NoSlot { gfn, space })));
+        }
+        let kept = self.actor.kept_slot().ok_or(FaultError::NoRoot)?;
+        let (slot, generation) = (*kept.slot(), kept.generation());
+        if slot.is_invalid() {
+            return Ok(Err(FaultOutcome::Retry));
+        }
+        let write = request.operation == Operation::Write;
+        if slot.is_read_only() && write {
+            let read_only = EmulateReason::ReadOnly { gfn, slot: slot.id };
+            return Ok(Err(FaultOutcome::Emulate(read_only)));
+        }
+        let wanted = if write { Access::WRITE } else { Access::READ };
+        let host = self.actor.vm().host();
+        let page = match host.resolve(&slot, gfn, wanted) {
+            Ok(page) if page.writable || !write => page,
+            refused => {
+                let source = refused.err().unwrap_or(ResolveError::ReadOnly);
+                return self.refused(gfn, slot.id, snapshot, generation, source);
+            }
+        };
+        if page.pfn >= self.mmu.config().max_pfn_exclusive() {
+            return Err(FaultError::BadHostPage { gfn, pfn: page.pfn.get() });
+        }
+        let logged = slot.logs_dirty();
+        let cap = if logged { Level::L1 } else { self.mmu.config().max_leaf_level() };
+        let cap = cap.min(path.level).min(page.level);
+        let congruent = |level: Level| (gfn.get() ^ page.pfn.get()) & (level.pages() - 1) == 0;
+        let mut goal = slot::max_level(&slot, gfn, cap);
+        while !congruent(goal) {
+            goal = goal.below();
+        }
+        let page = HostPage { writable: page.writable && !slot.is_read_only(), ..page };
+        Ok(Ok(Target {
+            gva: walk.gva,
+            path,
+            access: guest.shadow_access(walk, request),
+            write,
+            prefetch: false,
+            page,
+            goal,
+            logged,
+            generation,
+            snapshot,
+            root,
+        }))
+    }
+
+    /// The host has no page: an error, unless what was asked for is not true any more.
+    fn refused<'a>(
+        &mut self,
+        gfn: Gfn,
+        slot: u16,
+        snapshot: Snapshot,
+        generation: u64,
+        source: ResolveError,
+    ) -> Result<Result<Target<'a>, FaultOutcome>, FaultError> {
+        let work = self.actor.shared();
+        let page = GfnRange::from_len(gfn, 1);
+        if work.vm.slots().generation() != generation
+            || work.vm.notify().must_retry(&work.section, snapshot, page)
+        {
+            return Ok(Err(FaultOutcome::Retry));
+        }
+        match source {
+            ResolveError::ReadOnly => {
+                Ok(Err(FaultOutcome::Emulate(EmulateReason::ReadOnly { gfn, slot })))
+            }
+            ResolveError::Interrupted => Ok(Err(FaultOutcome::Retry)),
+            source => Err(FaultError::Resolve { gfn, source }),
+        }
+    }
+
+    /// Attempts, each in a section of its own, until one ends the fault.
+    fn install<M: GuestMem + ?Sized>(
+        &mut self,
+        writer: &mut ShadowWriter<F, H>,
+        guest: &GuestWalker,
+        mem: &M,
+        target: &Target<'_>,
+    ) -> FaultOutcome {
+        for _ in 0..MAX_ATTEMPTS {
+            let attempt = writer.work_with_frames(&mut self.actor, |work, cache| {
+                work.attempt(cache, guest, mem, target)
+            });
+            match attempt {
+                Attempt::Done(outcome) => return outcome,
+                Attempt::Again => {}
+            }
+        }
+        // Each attempt made progress; the guest may have others to make room for.
+        FaultOutcome::Retry
+    }
+}
+
+impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
+    /// Take the memory that a fault may need.
+    fn reserve_for(&mut self, target: &Target<'_>, role: PageRole) -> Result<(), ShadowError> {
+        let path = target.path;
+        let tables = path.entries.iter().map(|entry| Gfn::containing(entry.gpa));
+        self.reserve_pages(PAGES_PER_FAULT, role.space(), tables)?;
+        let space = role.space();
+        for level in [Level::L1, target.goal] {
+            self.rmap.reserve(RmapKey { space, level, gfn: path.gfn })?;
+        }
+        // One for the leaf's list, too.
+        Ok(self.reserve_links(PAGES_PER_FAULT + 1)?)
+    }
+}
+
+impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
+    /// One attempt to install.
+    fn attempt<M: GuestMem + ?Sized>(
+        &mut self,
+        cache: &mut mmu_core::frame::MmuCache,
+        guest: &GuestWalker,
+        mem: &M,
+        target: &Target<'_>,
+    ) -> Attempt {
+        let level = self.writer.blocks.max_level(target.path.gfn, target.goal);
+        let pages = GfnRange::entry(target.path.gfn, level);
+        if self.vm.slots().generation() != target.generation
+            || self.vm.notify().must_retry(self.section, target.snapshot, pages)
+            || !self.is_current(target.root)
+        {
+            return Attempt::Done(FaultOutcome::Retry);
+        }
+        let mut at = target.root;
+        loop {
+            let Some(page) = self.writer.pages.get_mut(at) else {
+                self.broken();
+                return Attempt::Done(FaultOutcome::Retry);
+            };
+            // Used: no flood of writes to it, and not cold (KVM rows 4.53, 4.49).
+            (page.writes, page.used) = (0, true);
+            let place = SpteRef::new(at, shadow_index(target.gva, page.level()));
+            if page.level() == level {
+                return self.install_leaf(place, target, level);
+            }
+            match self.step_down(cache, guest, mem, place, target) {
+                Ok(child) => at = child,
+                Err(attempt) => return attempt,
+            }
+        }
+    }
+
+    /// Is the page one that a vCPU may start from?
+    pub(crate) fn is_current(&self, root: PageId) -> bool {
+        let generation = self.writer.generation;
+        let current = |page: &crate::page::ShadowPage| {
+            page.generation == generation && !page.role.has(crate::role::RoleFlags::INVALID)
+        };
+        self.writer.pages.get(root).is_some_and(current)
+    }
+
+    /// The page that the entry must link, linked.
+    fn step_down<M: GuestMem + ?Sized>(
+        &mut self,
+        cache: &mut mmu_core::frame::MmuCache,
+        guest: &GuestWalker,
+        mem: &M,
+        place: SpteRef,
+        target: &Target<'_>,
+    ) -> Result<PageId, Attempt> {
+        let Some(parent) = self.writer.pages.get(place.page()) else {
+            self.broken();
+            return Err(Attempt::Done(FaultOutcome::Retry));
+        };
+        let (level, path) = (parent.level(), target.path);
+        let index = place.index();
+        let (gfn, role) = match entry_below(path, level) {
+            Some(entry) => {
+                let role = parent.role.child(index, entry.above, ChildShape::Shadow);
+                (Gfn::containing(entry.gpa), role)
+            }
+            None => {
+                let role = parent.role.child(index, target.access, ChildShape::Direct);
+                (path.gfn.align_down(level), role)
+            }
+        };
+        if let Some(child) = self.linked_child(place, level)? {
+            let page = self.writer.pages.get(child);
+            if page.is_some_and(|page| page.gfn == gfn && page.role == role) {
+                // What is linked may lag behind the guest's table until the guest flushes.
+                return Ok(child);
+            }
+            // Another table of the guest, or another view of it (KVM rows 4.24, 4.25; bug B01).
+            let _ = self.drop_entry(place);
+            return Err(Attempt::Again);
+        }
+        let child = match self.writer.pages.find(gfn, role, self.writer.generation) {
+            Some(child) => child,
+            None => self.make_page(cache, gfn, role)?,
+        };
+        // INVARIANT[I18]: nothing out of sync is linked (KVM rows 4.21, 4.40).
+        self.in_sync(guest, mem, child)?;
+        if !self.debt.is_empty() {
+            return Err(Attempt::Again);
+        }
+        // INVARIANT[I19]: the guest's entry that leads here is still what the walk read, now that
+        // every write to its table would have been seen (KVM row 4.18).
+        if let Some(entry) = entry_at(path, level)
+            && !entry.is_current(mem)
+        {
+            return Err(Attempt::Done(FaultOutcome::Retry));
+        }
+        self.note_shadowed(place, path, level);
+        self.link(place, child);
+        Ok(child)
+    }
+
+    /// What the entry links now; a leaf in the way is taken out.
+    fn linked_child(&mut self, place: SpteRef, level: Level) -> Result<Option<PageId>, Attempt> {
+        let Some(cell) = self.cell(place) else {
+            self.broken();
+            return Err(Attempt::Done(FaultOutcome::Retry));
+        };
+        let now = cell.load();
+        if now.is_leaf(level) {
+            let _ = self.drop_entry(place);
+            return Err(Attempt::Again);
+        }
+        Ok(if now.is_table(level) { self.page_in(self.config().pfn(now)) } else { None })
+    }
+
+    /// Synchronise a page that is about to be linked, and all below it: making an entry present
+    /// asks for no flush, so the guest may rely on what its table says now (KVM row 4.40).
+    fn in_sync<M: GuestMem + ?Sized>(
+        &mut self,
+        guest: &GuestWalker,
+        mem: &M,
+        page: PageId,
+    ) -> Result<(), Attempt> {
+        match self.sync_tree(guest, mem, page) {
+            Synced::All => Ok(()),
+            // Also if the page itself went: it is looked up again.
+            Synced::More => Err(Attempt::Again),
+        }
+    }
+
+    /// A page for (gfn, role). Every write to the table is seen from the next attempt on.
+    pub(crate) fn make_page(
+        &mut self,
+        cache: &mut mmu_core::frame::MmuCache,
+        gfn: Gfn,
+        role: PageRole,
+    ) -> Result<PageId, Attempt> {
+        let stop = || Attempt::Done(FaultOutcome::Retry);
+        let frame = cache.take().ok_or_else(stop)?;
+        let generation = self.writer.generation;
+        let Some(page) = self.writer.pages.add(NewPage { gfn, role, frame, generation }) else {
+            let _ = cache.put(frame);
+            return Err(stop());
+        };
+        self.vm.pool().set_place(frame, Gfn::new(u64::from(page.get())), role.level());
+        self.writer.mmu.set_frame(page, Some(frame));
+        self.shard.inc(Counter::Tables);
+        self.writer.stats.pages_made += 1;
+        if self.writer.pages.get(page).is_some_and(crate::page::ShadowPage::shadows_a_table) {
+            self.account(role.space(), gfn);
+        }
+        Ok(page)
+    }
+
+    /// A table got a shadow: no huge page over it, and nobody writes to it unseen (KVM row 4.26).
+    fn account(&mut self, space: u16, gfn: Gfn) {
+        self.writer.blocks.count(space, gfn, crate::blocks::Change::More);
+        self.zap_huge_over(space, gfn);
+        self.write_protect(space, gfn);
+    }
+
+    /// Note what guest entry the entry stands for; a link is dropped by it, too.
+    fn note_shadowed(&mut self, place: SpteRef, path: &WalkPath, level: Level) {
+        let Some(page) = self.writer.pages.get_mut(place.page()) else { return };
+        let access = entry_below(path, level).map_or(path.access, |entry| entry.above);
+        page.set_shadowed(place.index(), Shadowed::new(path.gfn.align_down(level), access));
+    }
+}
+
+/// Index of the entry of ours that maps `gva` in a page at `level`.
+pub(crate) fn shadow_index(gva: Gva, level: Level) -> usize {
+    Gfn::new(gva.get() >> 12).index(level)
+}
+
+/// The guest's entry that a shadow entry at `level` stands for; `None` where the guest has no table
+/// any more.
+pub(crate) fn entry_at(path: &WalkPath, level: Level) -> Option<&GuestEntry> {
+    path.entries.iter().find(|entry| entry.level == level)
+}
+
+/// The guest's entry one level lower, whose table a child shadows.
+fn entry_below(path: &WalkPath, level: Level) -> Option<&GuestEntry> {
+    entry_at(path, level.down()?)
+}
+
+impl<F: SpteFormat, H: Host> Work<'_, F, H> {
+    /// Put the leaf in.
+    fn install_leaf(&mut self, place: SpteRef, target: &Target<'_>, level: Level) -> Attempt {
+        let (Some(cell), Some(page)) = (self.cell(place), self.writer.pages.get(place.page()))
+        else {
+            self.broken();
+            return Attempt::Done(FaultOutcome::Retry);
+        };
+        let (space, direct) = (page.role.space(), page.is_direct());
+        let gfn = target.path.gfn.align_down(level);
+        let mut access = target.access;
+        let writable = access.contains(Access::WRITE) && target.page.writable;
+        let mut may_write = true;
+        if writable && !self.may_write(gfn, level, target) {
+            if target.write {
+                return Attempt::Done(FaultOutcome::WriteProtected);
+            }
+            // As a clean page: the write will ask.
+            may_write = false;
+        }
+        if !target.page.writable {
+            access = access.difference(Access::WRITE);
+        }
+        let leaf = self.leaf_for(target, level, access, may_write);
+        let old = cell.load();
+        if old.is_leaf(level) && self.config().pfn(old) == self.config().pfn(leaf) {
+            return self.widen(place, target, level, leaf);
+        }
+        if old.is_mmu_present() {
+            // Another page, or a table where a page fits now: gone and flushed first (KVM row
+            // 4.56).
+            let _ = self.drop_entry(place);
+            return Attempt::Again;
+        }
+        let key = RmapKey { space, level, gfn };
+        if self.writer.rmap.len(key) >= MAX_ALIASES {
+            let mut gone = ShadowZap::default();
+            self.zap_list(key, &mut gone);
+            self.writer.stats.rmap_recycled += gone.leaves;
+            return Attempt::Again;
+        }
+        if !direct && let Some(page) = self.writer.pages.get_mut(place.page()) {
+            page.set_shadowed(place.index(), Shadowed::new(gfn, target.access));
+        }
+        if self.writer.rmap.add(key, place).is_err() {
+            // Reserved for other lists than this one: the level went down meanwhile.
+            return Attempt::Done(FaultOutcome::Retry);
+        }
+        self.put(cell, leaf, level);
+        Attempt::Done(FaultOutcome::Fixed)
+    }
+
+    /// The entry is there for the same page: make it permit what is asked, if it does not.
+    fn widen(&mut self, place: SpteRef, target: &Target<'_>, level: Level, leaf: Spte) -> Attempt {
+        let Some(cell) = self.cell(place) else {
+            self.broken();
+            return Attempt::Done(FaultOutcome::Retry);
+        };
+        let needed = if target.write { Access::WRITE } else { Access::READ };
+        let now = cell.load();
+        if now == leaf || (self.config().permits(now, needed) && self.config().is_accessed(now)) {
+            return Attempt::Done(FaultOutcome::Spurious);
+        }
+        let config = self.config();
+        let kind = config.change_kind(now, leaf, level);
+        if kind.is_ok_and(|kind| !kind.needs_flush() && !kind.owes_log_flush()) {
+            let _ = self.update(cell, level, |_| leaf);
+            return Attempt::Done(FaultOutcome::Fixed);
+        }
+        let _ = self.drop_entry(place);
+        Attempt::Again
+    }
+
+    fn leaf_for(&self, target: &Target<'_>, level: Level, access: Access, may_write: bool) -> Spte {
+        let pfn = target.page.pfn.align_down(level);
+        self.config().leaf(&LeafSpec {
+            access,
+            host_writable: target.page.writable,
+            map_writable: may_write && (target.write || !target.logged),
+            // The fast path is TDP's: a shadow entry gets W by a fault only.
+            mmu_writable: may_write,
+            accessed: !target.prefetch,
+            ..LeafSpec::new(pfn, level)
+        })
+    }
+
+    /// May entries let the guest write to the frame unseen? If a shadow of it can go out of sync,
+    /// it does (KVM rows 4.31, 4.32).
+    fn may_write(&mut self, gfn: Gfn, level: Level, target: &Target<'_>) -> bool {
+        if level > Level::L1 {
+            // No table with a shadow lies under a huge leaf (`Blocks`).
+            return true;
+        }
+        if self.is_tracked(gfn) {
+            return false;
+        }
+        self.let_go_unsync(gfn, target.prefetch)
+    }
+
+    /// Does somebody else want to see every write to the frame?
+    fn is_tracked(&self, gfn: Gfn) -> bool {
+        if !self.vm.slots().tracks_writes() {
+            return false;
+        }
+        let slots = self.vm.slots().read(self.section.epoch());
+        (0..mmu_core::slot::MAX_ADDRESS_SPACES).any(|space| {
+            let slot = slots.find(space, gfn);
+            let meta = slot.and_then(|slot| slots.meta(space, slot.id));
+            meta.and_then(|meta| meta.track()).is_some_and(|track| track.is_tracked(gfn))
+        })
+    }
+
+    /// Take huge leaves over a table out: what they map comes back small.
+    fn zap_huge_over(&mut self, space: u16, gfn: Gfn) {
+        let mut gone = ShadowZap::default();
+        for level in [Level::L2, Level::L3] {
+            self.zap_list(RmapKey { space, level, gfn }, &mut gone);
+        }
+    }
+}

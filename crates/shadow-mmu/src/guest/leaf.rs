@@ -1,0 +1,44 @@
+//! One guest entry by itself: what a leaf at level 1 says, for shadows that follow it.
+//!
+//! Adds to [`GuestWalker`] what synchronising a page needs (KVM row 4.34): no walk, no request,
+//! only the entry. Pure values.
+
+use mmu_core::access::Access;
+use mmu_core::addr::{Gfn, Level};
+
+use super::memory::EntryWidth;
+use super::walker::GuestWalker;
+
+/// A present leaf at level 1 without a reserved bit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct GuestLeaf {
+    /// The frame that it maps.
+    pub(crate) gfn: Gfn,
+    /// What it permits by itself.
+    pub(crate) access: Access,
+    /// A is set, or the format has none.
+    pub(crate) accessed: bool,
+    /// The format has D and it is clear.
+    pub(crate) clean: bool,
+}
+
+impl GuestWalker {
+    /// Size of an entry.
+    pub(crate) const fn width(&self) -> EntryWidth {
+        self.rules().width
+    }
+
+    /// What an entry at level 1 of a table says; `None` if it is not present or rejected.
+    pub(crate) fn leaf(&self, value: u64) -> Option<GuestLeaf> {
+        let rules = self.rules();
+        if !rules.is_present(value) || rules.is_rejected(Level::L1, value) {
+            return None;
+        }
+        Some(GuestLeaf {
+            gfn: rules.frame(Level::L1, value, 0),
+            access: rules.access(value),
+            accessed: rules.accessed == 0 || value & rules.accessed != 0,
+            clean: rules.dirty != 0 && value & rules.dirty == 0,
+        })
+    }
+}

@@ -1,0 +1,91 @@
+//! The shadow MMU of a VM: what all its threads share.
+//!
+//! Owns [`ShadowMmu`]: configuration, reverse maps, and where the frame of each shadow page is.
+//! What only one thread at a time may touch is the [`ShadowWriter`](crate::writer::ShadowWriter),
+//! made together with it; the embedder keeps that in a mutex of its own, and borrowing it mutably
+//! is KVM's `mmu_lock` held for write. Aging and lookups need only what is here and take no lock.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use mmu_core::addr::Pfn;
+use mmu_core::epoch::EpochGuard;
+use mmu_core::spte::cell::SpteCell;
+use mmu_core::spte::{SpteConfig, SpteFormat};
+use mmu_core::sync::plain;
+use mmu_core::traits::Host;
+use mmu_core::vm::VmCore;
+
+use crate::radix::{NoMemory, Radix};
+use crate::rmap::Rmaps;
+use crate::spte_ref::{PageId, SpteRef};
+
+/// Bits of a shadow page's number.
+const PAGE_BITS: u32 = PageId::LIMIT.ilog2() + 1;
+
+/// The shadow page tables of a VM, in format `F`. See the file's head.
+pub struct ShadowMmu<F: SpteFormat, H: Host> {
+    vm: Arc<VmCore<H>>,
+    config: SpteConfig<F>,
+    rmaps: Arc<Rmaps>,
+    /// Frame number plus 1 of each shadow page, by its number; 0 for none.
+    frames: Radix<plain::AtomicU64>,
+}
+
+impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
+    pub(crate) fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, rmaps: Arc<Rmaps>) -> Self {
+        Self { vm, config, rmaps, frames: Radix::new(PAGE_BITS) }
+    }
+
+    /// The VM.
+    #[must_use]
+    pub fn vm(&self) -> &Arc<VmCore<H>> {
+        &self.vm
+    }
+
+    /// What entries look like.
+    #[must_use]
+    pub fn config(&self) -> &SpteConfig<F> {
+        &self.config
+    }
+
+    /// The reverse maps.
+    #[must_use]
+    pub fn rmaps(&self) -> &Arc<Rmaps> {
+        &self.rmaps
+    }
+
+    /// Make room for the frame of a page.
+    pub(crate) fn reserve_frame(&self, page: PageId) -> Result<(), NoMemory> {
+        self.frames.provide(u64::from(page.get())).map(|_| ())
+    }
+
+    /// Note where the page's entries stand, before any of them is in a reverse map.
+    pub(crate) fn set_frame(&self, page: PageId, frame: Option<Pfn>) {
+        if let Some(place) = self.frames.get(u64::from(page.get())) {
+            // ORDERING[shadow-frame]: Relaxed. Written by the writer before an entry of the page is
+            // put on a list, which publishes it (`rmap-lock`), and after the last was taken off.
+            place.store(frame.map_or(0, |frame| frame.get() + 1), plain::Ordering::Relaxed);
+        }
+    }
+
+    /// The entry that a list names, for who holds the list still; `None` only if the tables
+    /// contradict each other.
+    pub(crate) fn cell<'g>(
+        &'g self,
+        section: &'g EpochGuard<'_>,
+        spte: SpteRef,
+    ) -> Option<&'g SpteCell> {
+        let place = self.frames.get(u64::from(spte.page().get()))?;
+        // ORDERING[shadow-frame]: Relaxed. Under the list's bit lock, or by the writer: pairs with
+        // the store in `set_frame`.
+        let frame = place.load(plain::Ordering::Relaxed).checked_sub(1)?;
+        self.vm.pool().table(section, Pfn::new(frame)).entries().get(spte.index())
+    }
+}
+
+impl<F: SpteFormat, H: Host> fmt::Debug for ShadowMmu<F, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShadowMmu").field("config", &self.config).finish_non_exhaustive()
+    }
+}

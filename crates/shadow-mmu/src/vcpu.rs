@@ -1,0 +1,287 @@
+//! A vCPU's handle on shadow tables: its roots.
+//!
+//! Owns [`ShadowVcpu`]: the root that the vCPU runs on, up to three it ran on before (KVM row
+//! 4.36), and what its guest's flushes mean (rows 4.36 to 4.38). A root in the cache is counted and
+//! stays; what a guest flushes is synchronised before the vCPU runs on.
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use arrayvec::ArrayVec;
+
+use mmu_core::addr::{Gfn, Gva, Hpa, Level};
+use mmu_core::epoch::EpochError;
+use mmu_core::fault::FaultError;
+use mmu_core::spte::SpteFormat;
+use mmu_core::traits::Host;
+use mmu_core::vm::Actor;
+
+use crate::error::ShadowError;
+use crate::fetch::{Attempt, shadow_index};
+use crate::guest::{GuestMem, GuestWalker};
+use crate::mmu::ShadowMmu;
+use crate::page::ShadowPage;
+use crate::role::{PageRole, RoleFlags};
+use crate::spte_ref::{PageId, SpteRef};
+use crate::sync::Synced;
+use crate::writer::{ShadowWriter, Work, WriterLock};
+
+/// Roots that a vCPU keeps beside the one it runs on (KVM row 4.36).
+pub const FORMER_ROOTS: usize = 3;
+/// Rounds of a synchronisation; each but the last made a page follow its table.
+const MAX_ROUNDS: u32 = 1 << 20;
+
+/// A vCPU. See the file's head.
+pub struct ShadowVcpu<F: SpteFormat, H: Host> {
+    pub(crate) mmu: Arc<ShadowMmu<F, H>>,
+    pub(crate) actor: Actor<H>,
+    /// Role of the current root.
+    pub(crate) role: PageRole,
+    pub(crate) root: Option<PageId>,
+    former: ArrayVec<PageId, FORMER_ROOTS>,
+}
+
+impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
+    /// A vCPU without a root.
+    ///
+    /// # Errors
+    /// [`EpochError`]: the VM has as many threads as it was made for.
+    pub fn new(mmu: &Arc<ShadowMmu<F, H>>) -> Result<Self, EpochError> {
+        let actor = mmu.vm().actor()?;
+        let role = PageRole::new(mmu.config().levels(), RoleFlags::empty());
+        Ok(Self { mmu: Arc::clone(mmu), actor, role, root: None, former: ArrayVec::new() })
+    }
+
+    /// The thread's handle.
+    pub fn actor(&mut self) -> &mut Actor<H> {
+        &mut self.actor
+    }
+
+    /// The guest loads CR3: run on the shadow of the table in `gfn`, in `role`, whose level is that
+    /// of the guest's top tables and of the host's. Also what the guest does to flush everything
+    /// that is not global, so the root follows the guest's tables when this returns.
+    ///
+    /// The address is for the CPU, which loads it with a flush of its own.
+    ///
+    /// # Errors
+    /// [`ShadowError`]; the vCPU is on its former root.
+    #[doc(alias = "kvm_mmu_new_pgd")]
+    pub fn load_root<M, L>(
+        &mut self,
+        lock: &L,
+        guest: &GuestWalker,
+        mem: &M,
+        gfn: Gfn,
+        role: PageRole,
+    ) -> Result<Hpa, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let host = self.mmu.config().levels();
+        if role.level() != host {
+            return Err(ShadowError::WrongLevel { role: role.level(), host });
+        }
+        self.actor.top_up(1)?;
+        lock.with(|writer| {
+            writer.make_room(&mut self.actor, 1);
+            writer.reserve_pages(1, role.space(), core::iter::once(gfn))?;
+            let root = self.find_root(writer, gfn, role)?;
+            if self.root != Some(root) {
+                writer.hold_root(root);
+                self.switch_to(writer, root);
+            }
+            self.role = role;
+            self.sync_root(writer, guest, mem, root);
+            let page = writer.pages.get(root).ok_or(FaultError::NoRoot)?;
+            Ok(page.frame.address())
+        })
+    }
+
+    fn find_root(
+        &mut self,
+        writer: &mut ShadowWriter<F, H>,
+        gfn: Gfn,
+        role: PageRole,
+    ) -> Result<PageId, ShadowError> {
+        if let Some(root) = writer.pages.find(gfn, role, writer.generation) {
+            return Ok(root);
+        }
+        let made = writer
+            .work_with_frames(&mut self.actor, |work, cache| work.make_page(cache, gfn, role));
+        match made {
+            Ok(root) => Ok(root),
+            Err(Attempt::Again | Attempt::Done(_)) => Err(ShadowError::NoMemory { bytes: 0 }),
+        }
+    }
+
+    /// Make `root`, which is held, the current one; the former goes to the cache, whose oldest
+    /// goes.
+    fn switch_to(&mut self, writer: &mut ShadowWriter<F, H>, root: PageId) {
+        let former = self.root.replace(root);
+        let Some(former) = former else { return };
+        if let Some(at) = self.former.iter().position(|cached| *cached == root) {
+            // Held twice for a moment: by the cache and as the current one.
+            self.former.remove(at);
+            writer.release_root(&mut self.actor, root);
+        }
+        if self.former.is_full() {
+            let oldest = self.former.remove(0);
+            writer.release_root(&mut self.actor, oldest);
+        }
+        self.former.push(former);
+    }
+
+    fn sync_root<M: GuestMem + ?Sized>(
+        &mut self,
+        writer: &mut ShadowWriter<F, H>,
+        guest: &GuestWalker,
+        mem: &M,
+        root: PageId,
+    ) {
+        for _ in 0..MAX_ROUNDS {
+            if writer.work(&mut self.actor, |work| work.sync_tree(guest, mem, root)) == Synced::All
+            {
+                return;
+            }
+        }
+    }
+
+    /// The guest flushed everything, or everything of one address space: the current root follows
+    /// its tables, former ones that do not are forgotten (KVM rows 4.36, 4.38). The caller flushes
+    /// the CPU.
+    #[doc(alias = "kvm_mmu_sync_roots")]
+    pub fn guest_flushed<M, L>(&mut self, lock: &L, guest: &GuestWalker, mem: &M)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        lock.with(|writer| {
+            if let Some(root) = self.root {
+                self.sync_root(writer, guest, mem, root);
+            }
+            let stale = |id: &PageId| writer.pages.get(*id).is_none_or(ShadowPage::needs_sync);
+            let gone: ArrayVec<PageId, FORMER_ROOTS> =
+                self.former.iter().copied().filter(stale).collect();
+            self.former.retain(|id| !gone.contains(id));
+            for root in gone {
+                writer.release_root(&mut self.actor, root);
+            }
+        });
+    }
+
+    /// The guest flushed one linear address (KVM row 4.37): in the current root and the former
+    /// ones, because a global page is none root's alone. The caller flushes the CPU. Nothing
+    /// happens for an address that is not canonical.
+    #[doc(alias = "kvm_mmu_invlpg")]
+    pub fn guest_invalidated<M, L>(&mut self, lock: &L, guest: &GuestWalker, mem: &M, gva: Gva)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        if !guest.is_canonical(gva) {
+            return;
+        }
+        lock.with(|writer| {
+            for root in self.root.iter().chain(&self.former).copied() {
+                writer.work(&mut self.actor, |work| work.invalidate(guest, mem, root, gva));
+            }
+        });
+    }
+
+    /// Is the root still good? If not, leave the guest and load it again.
+    #[must_use]
+    pub fn root_is_current<L: WriterLock<F, H>>(&self, lock: &L) -> bool {
+        let Some(root) = self.root else { return false };
+        lock.with(|writer| {
+            let generation = writer.generation;
+            writer.pages.get(root).is_some_and(|page| {
+                page.generation == generation && !page.role.has(RoleFlags::INVALID)
+            })
+        })
+    }
+
+    /// Leave all roots: before the vCPU goes.
+    pub fn drop_roots<L: WriterLock<F, H>>(&mut self, lock: &L) {
+        lock.with(|writer| {
+            for root in self.root.take().into_iter().chain(self.former.take()) {
+                writer.release_root(&mut self.actor, root);
+            }
+        });
+    }
+}
+
+impl<F: SpteFormat, H: Host> fmt::Debug for ShadowVcpu<F, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ShadowVcpu")
+            .field("root", &self.root)
+            .field("role", &self.role)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
+    fn hold_root(&mut self, root: PageId) {
+        if let Some(page) = self.pages.get_mut(root) {
+            page.roots += 1;
+            page.used = true;
+        }
+    }
+
+    /// A vCPU does not need the root any more. An invalid one goes with its last.
+    fn release_root(&mut self, actor: &mut Actor<H>, root: PageId) {
+        let Some(page) = self.pages.get_mut(root) else { return };
+        page.roots = page.roots.saturating_sub(1);
+        if page.roots == 0 && page.role.has(RoleFlags::INVALID) {
+            self.work(actor, |work| work.free(root));
+        }
+    }
+
+    /// Take the memory for `count` pages, shadows of tables in these frames.
+    pub(crate) fn reserve_pages(
+        &mut self,
+        count: u32,
+        space: u16,
+        tables: impl Iterator<Item = Gfn>,
+    ) -> Result<(), ShadowError> {
+        self.pages.reserve(usize::try_from(count).unwrap_or(usize::MAX))?;
+        for id in self.pages.upcoming(count) {
+            self.mmu.reserve_frame(id)?;
+        }
+        for gfn in tables {
+            self.blocks.reserve(space, gfn)?;
+        }
+        Ok(())
+    }
+}
+
+impl<F: SpteFormat, H: Host> Work<'_, F, H> {
+    /// Make the entry for `gva` follow the guest's, if its page is out of sync.
+    fn invalidate<M: GuestMem + ?Sized>(
+        &mut self,
+        guest: &GuestWalker,
+        mem: &M,
+        root: PageId,
+        gva: Gva,
+    ) {
+        let mut at = root;
+        for _ in Level::ALL {
+            let Some(page) = self.writer.pages.get(at).filter(|page| page.needs_sync()) else {
+                return;
+            };
+            let place = SpteRef::new(at, shadow_index(gva, page.level()));
+            if page.unsync {
+                if !self.sync_entry(guest, mem, place) {
+                    let _ = self.drop_entry(place);
+                }
+                // The CPU may have what the entry was before an earlier change.
+                if let Some(key) = self.key_of(place) {
+                    self.owe(key.gfn, 1);
+                }
+                return;
+            }
+            let Some(child) = self.child_at(place) else { return };
+            at = child;
+        }
+    }
+}

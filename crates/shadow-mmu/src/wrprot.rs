@@ -1,0 +1,35 @@
+//! Write protection of a guest frame: through its reverse maps.
+//!
+//! Adds to [`Work`] what protects the tables that have a shadow (KVM rows 4.26, 4.35) and pages
+//! whose writes are logged. A leaf loses W and the right to have it back without asking; whatever
+//! it was before, the flush is owed if it could write (row 0.2.1).
+
+use mmu_core::addr::{Gfn, Level};
+use mmu_core::spte::SpteFormat;
+use mmu_core::traits::Host;
+
+use crate::rmap::RmapKey;
+use crate::writer::Work;
+
+impl<F: SpteFormat, H: Host> Work<'_, F, H> {
+    /// Take write access to a frame away from every entry of the address space.
+    pub(crate) fn write_protect(&mut self, space: u16, gfn: Gfn) {
+        for level in [Level::L1, Level::L2, Level::L3] {
+            self.write_protect_list(RmapKey { space, level, gfn });
+        }
+    }
+
+    fn write_protect_list(&mut self, key: RmapKey) {
+        let mut flush = false;
+        // A list that is not changed can be walked by the writer while agers are on it.
+        for spte in self.writer.rmap.entries(key) {
+            let Some(cell) = self.cell(spte) else { return self.broken() };
+            let config = self.config();
+            let old = self.update(cell, key.level, |old| config.write_protected(old));
+            flush |= old.is_some();
+        }
+        if flush {
+            self.owe(key.gfn.align_down(key.level), key.level.pages());
+        }
+    }
+}

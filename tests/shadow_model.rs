@@ -1,0 +1,563 @@
+//! Shadow tables against the guest's own: an access through them reaches what the guest's tables
+//! say, and nothing that they have not said since the guest last flushed the address.
+//!
+//! The guest has a few tables, small enough that every address is looked at after every step. It
+//! edits them, with and without flushes, and accesses memory through a processor whose TLB forgets
+//! nothing by itself; the host takes pages back meanwhile. The specification below walks the
+//! guest's tables on its own and remembers what each address meant since its last flush.
+
+mod common;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use common::{Core, DATA, Modelled, Peek, TestHost};
+use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Hva, Level, Pfn};
+use mmu_core::fault::FaultOutcome;
+use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest};
+use mmu_core::spte::{Capabilities, Legacy, SpteConfig};
+use mmu_core::stats::Counter;
+use mmu_core::traits::{HostPage, ResolveError};
+use mmu_core::vm::{Actor, VmCore};
+use mmu_model::{AccessKind, Caches, Random, SoftCpu, Walker};
+use shadow_mmu::guest::{
+    EntryWidth, Exchange, GuestControls, GuestCpu, GuestMem, GuestRoot, GuestWalker, NotMemory,
+    Operation, Privilege, Request, WalkError,
+};
+use shadow_mmu::{
+    PageRole, ReclaimPolicy, RoleFlags, ShadowMmu, ShadowVcpu, ShadowWriter, WriterLock,
+};
+
+/// Guest memory in pages.
+const PAGES: u64 = 40;
+/// The first of them are tables: two top tables, then those below.
+const TABLES: u64 = 14;
+/// The first table of the lowest level.
+const LOWEST: u64 = 8;
+/// Two indices at each level above the lowest, four there.
+const GVAS: u64 = 2 * 2 * 2 * 4;
+
+const P: u64 = 1 << 0;
+const W: u64 = 1 << 1;
+const U: u64 = 1 << 2;
+const A: u64 = 1 << 5;
+const D: u64 = 1 << 6;
+const NX: u64 = 1 << 63;
+const FRAME: u64 = 0x000f_ffff_ffff_f000;
+
+/// Guest memory: words that the guest, its tables' walker and the host see.
+struct Memory(Vec<AtomicU64>);
+
+impl Memory {
+    fn word(&self, at: Gpa) -> Option<&AtomicU64> {
+        self.0.get(usize::try_from(at.get() / 8).ok()?).filter(|_| at.get() % 8 == 0)
+    }
+
+    fn get(&self, table: u64, index: u64) -> u64 {
+        self.0[(table * 512 + index) as usize].load(Ordering::SeqCst)
+    }
+}
+
+impl GuestMem for Memory {
+    fn read(&self, at: Gpa, width: EntryWidth) -> Result<u64, NotMemory> {
+        assert_eq!(width, EntryWidth::Eight);
+        self.word(at).map(|word| word.load(Ordering::SeqCst)).ok_or(NotMemory { at })
+    }
+
+    fn compare_exchange(
+        &self,
+        at: Gpa,
+        _: EntryWidth,
+        old: u64,
+        new: u64,
+    ) -> Result<Exchange, NotMemory> {
+        let word = self.word(at).ok_or(NotMemory { at })?;
+        Ok(match word.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst) {
+            Ok(_) => Exchange::Done,
+            Err(_) => Exchange::Lost,
+        })
+    }
+}
+
+/// What an address means, by the guest's tables.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Meaning {
+    gfn: u64,
+    write: bool,
+    user: bool,
+    exec: bool,
+}
+
+impl Meaning {
+    fn allows(&self, kind: AccessKind, user: bool) -> bool {
+        let kind = match kind {
+            AccessKind::Read => true,
+            AccessKind::Write => self.write,
+            AccessKind::Fetch => self.exec,
+        };
+        kind && (self.user || !user)
+    }
+}
+
+/// The linear address of universe element `number`.
+fn gva(number: u64) -> u64 {
+    let (l4, l3, l2, l1) = (number / 16 % 2, number / 8 % 2, number / 4 % 2, number % 4);
+    l4 << 39 | l3 << 30 | l2 << 21 | l1 << 12
+}
+
+/// Four levels by hand; `None` where the guest has a fault for every access.
+fn meaning(memory: &Memory, root: u64, gva: u64) -> Option<Meaning> {
+    let mut at = root;
+    let mut found = Meaning { gfn: 0, write: true, user: true, exec: true };
+    for level in (1..=4).rev() {
+        let entry = memory.get(at, gva >> (12 + 9 * (level - 1)) & 511);
+        if entry & P == 0 {
+            return None;
+        }
+        found.write &= entry & W != 0;
+        found.user &= entry & U != 0;
+        found.exec &= entry & NX == 0;
+        let frame = (entry & FRAME) >> 12;
+        if level == 2 && entry & 1 << 7 != 0 {
+            if frame % 512 != 0 {
+                return None;
+            }
+            found.gfn = frame + (gva >> 12 & 511);
+            return Some(found);
+        }
+        if level > 1 && frame >= PAGES {
+            return None;
+        }
+        at = frame;
+    }
+    found.gfn = at;
+    Some(found)
+}
+
+struct Lock(Mutex<ShadowWriter<Legacy, TestHost>>);
+
+impl WriterLock<Legacy, TestHost> for Lock {
+    fn with<R>(&self, work: impl FnOnce(&mut ShadowWriter<Legacy, TestHost>) -> R) -> R {
+        work(&mut self.0.lock().unwrap())
+    }
+}
+
+struct World {
+    seed: u64,
+    random: Random,
+    memory: Memory,
+    /// Host page of each guest page, as an offset from `DATA`; changes when the host takes one
+    /// back.
+    backing: Arc<Vec<AtomicU64>>,
+    mmu: Arc<ShadowMmu<Legacy, TestHost>>,
+    lock: Lock,
+    vcpu: ShadowVcpu<Legacy, TestHost>,
+    notifier: Actor<TestHost>,
+    core: Arc<Mutex<Core>>,
+    guest: GuestWalker,
+    walker: Walker,
+    role: PageRole,
+    /// Gfn of the guest's top table.
+    root: u64,
+    /// Address of the shadow of that.
+    register: u64,
+    looks: u64,
+    /// What each address meant since its last flush.
+    allowed: Vec<Vec<Meaning>>,
+    steps: Vec<String>,
+}
+
+impl World {
+    fn new(seed: u64, quota: u32, policy: ReclaimPolicy) -> Self {
+        let caps = Capabilities::legacy();
+        let config = SpteConfig::<Legacy>::new(caps).unwrap();
+        let limits = SlotLimits::new(1, config.max_gfn_exclusive());
+        let host = TestHost::new(4096);
+        host.record(false);
+        let backing: Arc<Vec<AtomicU64>> = Arc::new((0..PAGES).map(AtomicU64::new).collect());
+        let pages = Arc::clone(&backing);
+        host.set_resolver(Arc::new(move |_, gfn, _| {
+            let page = pages.get(gfn.get() as usize).ok_or(ResolveError::NoMemory)?;
+            let pfn = Pfn::new(DATA + page.load(Ordering::SeqCst));
+            Ok(HostPage { pfn, writable: true, level: Level::L1 })
+        }));
+        let (vm, mut slots) = VmCore::new(host, 4, limits, std::thread::yield_now).unwrap();
+        let mut notifier = vm.actor().unwrap();
+        let request = SlotRequest {
+            as_id: 0,
+            id: 0,
+            base: Gpa::new(0),
+            bytes: PAGES << 12,
+            hva: Hva::new(DATA << 12),
+            flags: SlotFlags::empty(),
+        };
+        let _ = vm.set_slot(&mut slots, &mut notifier, &request, |_, _| {});
+        let (mmu, mut writer) = ShadowMmu::create(Arc::clone(&vm), config, quota);
+        writer.set_policy(policy);
+        let vcpu = ShadowVcpu::new(&mmu).unwrap();
+        let format = Legacy::model(&caps);
+        let core = vm.host().add_core(SoftCpu::new(&format, 0, Caches::unlimited()));
+        // The model's caches go by linear address, flushes by frame: everything goes.
+        let flushed = Arc::clone(&core);
+        vm.host().before_flush(Some(Arc::new(move |_| flushed.lock().unwrap().cpu.flush_all())));
+        let controls =
+            GuestControls::PG | GuestControls::PAE | GuestControls::LME | GuestControls::NXE;
+        let cpu = GuestCpu { gbpages: false, ..GuestCpu::baseline() };
+        Self {
+            seed,
+            random: Random::new(seed),
+            memory: Memory((0..PAGES * 512).map(|_| AtomicU64::new(0)).collect()),
+            backing,
+            mmu,
+            lock: Lock(Mutex::new(writer)),
+            vcpu,
+            notifier,
+            core,
+            guest: GuestWalker::new(&cpu, controls).unwrap(),
+            walker: Walker::new(&format),
+            role: PageRole::new(Level::L4, RoleFlags::NX | RoleFlags::WP),
+            root: 0,
+            register: 0,
+            looks: 0,
+            allowed: vec![Vec::new(); GVAS as usize],
+            steps: Vec::new(),
+        }
+    }
+
+    fn note(&mut self, step: String) {
+        if self.steps.len() >= 80 {
+            self.steps.drain(..40);
+        }
+        self.steps.push(step);
+    }
+
+    #[track_caller]
+    fn fail(&self, what: &str) -> ! {
+        let from = self.steps.len().saturating_sub(40);
+        panic!("seed {}: {what}\nsteps:\n  {}", self.seed, self.steps[from..].join("\n  "));
+    }
+
+    /// The guest loads CR3, which flushes everything.
+    fn load_cr3(&mut self, root: u64) {
+        self.root = root;
+        self.note(format!("cr3 = {root}"));
+        let loaded =
+            self.vcpu.load_root(&self.lock, &self.guest, &self.memory, Gfn::new(root), self.role);
+        self.register = loaded.expect("memory").get();
+        self.core.lock().unwrap().cpu.set_root(self.register);
+        self.forget();
+    }
+
+    /// Everything was flushed: addresses mean what they mean now.
+    fn forget(&mut self) {
+        for number in 0..GVAS {
+            self.allowed[number as usize].clear();
+            self.remember(number);
+        }
+    }
+
+    fn remember(&mut self, number: u64) {
+        if let Some(now) = meaning(&self.memory, self.root, gva(number)) {
+            let known = &mut self.allowed[number as usize];
+            if !known.contains(&now) {
+                known.push(now);
+            }
+        }
+    }
+
+    fn invlpg(&mut self, number: u64) {
+        self.note(format!("invlpg {number}"));
+        let address = Gva::new(gva(number));
+        self.vcpu.guest_invalidated(&self.lock, &self.guest, &self.memory, address);
+        self.core.lock().unwrap().cpu.flush_address(address.get());
+        self.allowed[number as usize].clear();
+        self.remember(number);
+    }
+
+    /// What the shadow tables say about an address, to somebody who only looks.
+    fn shadow(&self, number: u64) -> Option<mmu_model::Translation> {
+        let access = mmu_model::Access::supervisor(AccessKind::Read);
+        self.walker.translate(&Peek(self.mmu.vm().host()), self.register, gva(number), access).ok()
+    }
+
+    /// Can the guest write to the frame unseen, through any address?
+    fn is_writable(&self, gfn: u64) -> bool {
+        let host = DATA + self.backing[gfn as usize].load(Ordering::SeqCst);
+        (0..GVAS)
+            .filter_map(|number| self.shadow(number))
+            .any(|found| found.writable() && found.pa >> 12 == host)
+    }
+
+    /// A table to edit: mostly one of the lowest level.
+    fn some_table(&mut self) -> u64 {
+        match self.random.below(20) {
+            0 => self.random.below(2),
+            1 => 2 + self.random.below(3),
+            2..4 => 5 + self.random.below(3),
+            _ => LOWEST + self.random.below(TABLES - LOWEST),
+        }
+    }
+
+    /// What an entry of `table` may lead to: mostly a table of the level below, sometimes anything.
+    fn some_target(&mut self, table: u64) -> u64 {
+        if self.random.chance(1, 16) {
+            return self.random.below(PAGES);
+        }
+        match table {
+            0..2 => 2 + self.random.below(3),
+            2..5 => 5 + self.random.below(3),
+            5..LOWEST => LOWEST + self.random.below(TABLES - LOWEST),
+            // Tables are memory, too.
+            _ if self.random.chance(1, 3) => self.random.below(TABLES),
+            _ => TABLES + self.random.below(PAGES - TABLES),
+        }
+    }
+
+    /// Tables that lead somewhere.
+    fn furnish(&mut self) {
+        for table in 0..TABLES {
+            for index in 0..if table < LOWEST { 2 } else { 4 } {
+                let entry = self.some_target(table) << 12 | P | W | U | A | D;
+                self.memory.0[(table * 512 + index) as usize].store(entry, Ordering::SeqCst);
+            }
+        }
+    }
+
+    /// The guest edits an entry: unseen where it can, else through the emulator.
+    fn edit(&mut self) {
+        let table = self.some_table();
+        let index = self.random.below(4);
+        let target = self.some_target(table);
+        let mut entry = target << 12 | P;
+        for (bit, chance) in [(W, 7), (U, 6), (A, 5), (D, 4)] {
+            if self.random.chance(chance, 8) {
+                entry |= bit;
+            }
+        }
+        if self.random.chance(1, 8) {
+            entry |= NX;
+        }
+        if self.random.chance(1, 6) {
+            entry = 0;
+        }
+        let at = table * 4096 + index * 8;
+        let unseen = self.is_writable(table);
+        self.note(format!("{table}[{index}] = {entry:#x}, unseen: {unseen}"));
+        self.memory.0[(at / 8) as usize].store(entry, Ordering::SeqCst);
+        if !unseen {
+            let (lock, vcpu) = (&self.lock, &mut self.vcpu);
+            lock.with(|writer| writer.guest_wrote(vcpu.actor(), Gpa::new(at), 8));
+        }
+        (0..GVAS).for_each(|number| self.remember(number));
+    }
+
+    /// The vCPU enters the guest: on a root that is good.
+    fn enter(&mut self) {
+        if !self.vcpu.root_is_current(&self.lock) {
+            self.note("  the root went".to_owned());
+            let root = Gfn::new(self.root);
+            let loaded =
+                self.vcpu.load_root(&self.lock, &self.guest, &self.memory, root, self.role);
+            self.register = loaded.expect("memory").get();
+            self.core.lock().unwrap().cpu.set_root(self.register);
+        }
+    }
+
+    /// The guest accesses an address until it is through or has a fault of its own.
+    fn access(&mut self, number: u64, kind: AccessKind, user: bool) {
+        self.note(format!("{kind:?} {number}, user: {user}"));
+        let access =
+            if user { mmu_model::Access::user(kind) } else { mmu_model::Access::supervisor(kind) };
+        let operation = match kind {
+            AccessKind::Read => Operation::Read,
+            AccessKind::Write => Operation::Write,
+            AccessKind::Fetch => Operation::Fetch,
+        };
+        let privilege = if user { Privilege::User } else { Privilege::Supervisor };
+        let request = Request::new(operation, privilege);
+        for _ in 0..8 {
+            self.enter();
+            let reached = {
+                let mut core = self.core.lock().unwrap();
+                core.cpu.access(self.mmu.vm().host(), gva(number), access)
+            };
+            match reached {
+                Ok(pa) => {
+                    let (write, exec) = (kind == AccessKind::Write, kind == AccessKind::Fetch);
+                    return self.judge(number, &Meaning { gfn: pa >> 12, write, user, exec });
+                }
+                // What the fault was the guest's walk decides.
+                Err(_) => {}
+            }
+            let root = GuestRoot::Cr3(self.root << 12);
+            let walk = self.guest.walk(&self.memory, &root, Gva::new(gva(number)), request);
+            (0..GVAS).for_each(|number| self.remember(number));
+            let walk = match walk {
+                Ok(walk) => walk,
+                Err(WalkError::Fault(_)) => {
+                    let now = meaning(&self.memory, self.root, gva(number));
+                    if now.is_some_and(|now| now.gfn < PAGES && now.allows(kind, user)) {
+                        self.fail(&format!("the guest had a fault and {now:?}"));
+                    }
+                    return;
+                }
+                Err(error) => self.fail(&format!("{error}")),
+            };
+            let outcome = self.vcpu.fault(&self.lock, &self.guest, &self.memory, &walk, request);
+            self.note(format!("  {outcome:?}: gfn {} {:?}", walk.path.gfn, walk.path.access));
+            match outcome {
+                Ok(FaultOutcome::Fixed | FaultOutcome::Spurious | FaultOutcome::Retry) => {}
+                // The emulator writes, which this guest need not see done.
+                Ok(FaultOutcome::WriteProtected) => return,
+                Ok(FaultOutcome::Emulate(_)) if walk.path.gfn.get() >= PAGES => return,
+                other => self.fail(&format!("{other:?}")),
+            }
+        }
+        self.fail("eight faults, and no end");
+    }
+
+    /// The guest can reach, or reached, the host page `seen.gfn`: did its tables allow all of that,
+    /// at some time since the last flush? Permissions of different times do not add up.
+    fn judge(&mut self, number: u64, seen: &Meaning) {
+        let allows = |meaning: &Meaning| {
+            let page = self.backing.get(meaning.gfn as usize);
+            page.is_some_and(|page| DATA + page.load(Ordering::Relaxed) == seen.gfn)
+                && (meaning.write || !seen.write)
+                && (meaning.user || !seen.user)
+                && (meaning.exec || !seen.exec)
+        };
+        let known = &self.allowed[number as usize];
+        if !known.iter().any(allows) {
+            let known = known.clone();
+            self.fail(&format!("address {number} reaches {seen:x?}, allowed is {known:x?}"));
+        }
+    }
+
+    /// The host takes a page back and gives another.
+    fn take_back(&mut self) {
+        let gfn = self.random.below(PAGES);
+        self.note(format!("host takes {gfn}"));
+        let range = GfnRange::from_len(Gfn::new(gfn), 1);
+        let vm = Arc::clone(self.mmu.vm());
+        let invalidation = vm.notify().begin(self.notifier.participant(), range);
+        let place = &self.backing[gfn as usize];
+        place.store(place.load(Ordering::SeqCst) + PAGES, Ordering::SeqCst);
+        let _ = self.mmu.unmap_in(&mut self.notifier, &self.lock, &invalidation, range);
+        drop(invalidation);
+    }
+
+    /// INVARIANT[I20]: no address permits more than the guest's tables have since its flush.
+    fn check(&mut self) {
+        self.enter();
+        for number in 0..GVAS {
+            let Some(found) = self.shadow(number) else { continue };
+            let seen = Meaning {
+                gfn: found.pa >> 12,
+                write: found.writable(),
+                user: found.user(),
+                exec: found.executable(),
+            };
+            self.judge(number, &seen);
+        }
+        self.looks += 1;
+        if self.looks % 16 != 0 {
+            return;
+        }
+        let (lock, actor) = (&self.lock, &mut self.notifier);
+        let flaw = lock.with(|writer| writer.check(actor)).err();
+        if let Some(flaw) = flaw {
+            self.fail(&format!("{flaw}"));
+        }
+    }
+
+    fn step(&mut self) {
+        let number = self.random.below(GVAS);
+        match self.random.below(100) {
+            0..40 => self.edit(),
+            40..85 => {
+                let kind = match self.random.below(5) {
+                    0..2 => AccessKind::Read,
+                    2..4 => AccessKind::Write,
+                    _ => AccessKind::Fetch,
+                };
+                let user = self.random.chance(1, 2);
+                self.access(number, kind, user);
+            }
+            85..93 => self.invlpg(number),
+            93..97 => {
+                let root = self.random.below(2);
+                self.load_cr3(root);
+            }
+            97..99 => self.take_back(),
+            _ => {
+                self.note("flush".to_owned());
+                self.vcpu.guest_flushed(&self.lock, &self.guest, &self.memory);
+                self.core.lock().unwrap().cpu.flush_all();
+                self.forget();
+            }
+        }
+    }
+
+    fn finish(mut self) {
+        self.vcpu.drop_roots(&self.lock);
+        let live = {
+            let (lock, actor) = (&self.lock, &mut self.notifier);
+            lock.with(|writer| {
+                let _ = writer.shrink(actor, u32::MAX);
+                writer.live_pages()
+            })
+        };
+        assert_eq!(live, 0, "seed {}: pages left", self.seed);
+        let vm = Arc::clone(self.mmu.vm());
+        for gauge in [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G, Counter::Tables] {
+            assert_eq!(vm.stats().get(gauge), 0, "seed {}: {}", self.seed, gauge.name());
+        }
+        drop((self.vcpu, self.notifier));
+        assert_eq!(vm.pool().frames_in_use(), 0, "seed {}: frames in use", self.seed);
+    }
+}
+
+fn run(seed: u64, steps: u64, quota: u32, policy: ReclaimPolicy) -> shadow_mmu::ShadowStats {
+    let mut world = World::new(seed, quota, policy);
+    world.furnish();
+    world.load_cr3(0);
+    for _ in 0..steps {
+        world.step();
+        world.check();
+    }
+    let stats = *world.lock.0.lock().unwrap().stats();
+    world.finish();
+    stats
+}
+
+fn add(sum: &mut shadow_mmu::ShadowStats, one: shadow_mmu::ShadowStats) {
+    sum.pages_made += one.pages_made;
+    sum.pages_zapped += one.pages_zapped;
+    sum.pages_recycled += one.pages_recycled;
+    sum.second_chances += one.second_chances;
+    sum.unsyncs += one.unsyncs;
+    sum.syncs += one.syncs;
+    sum.table_writes += one.table_writes;
+    sum.floods += one.floods;
+}
+
+#[test]
+fn shadow_tables_are_the_guests_tables_and_never_wider() {
+    let mut sum = shadow_mmu::ShadowStats::default();
+    for seed in 1..=400 {
+        add(&mut sum, run(seed, 2_000, 1000, ReclaimPolicy::Fifo));
+    }
+    println!("{sum:?}");
+    assert!(sum.unsyncs > 1000 && sum.syncs > 1000 && sum.table_writes > 10_000, "{sum:?}");
+}
+
+#[test]
+fn a_small_quota_changes_nothing_that_the_guest_sees() {
+    let mut sum = shadow_mmu::ShadowStats::default();
+    for seed in 1001..=1050 {
+        add(&mut sum, run(seed, 2_000, 10, ReclaimPolicy::Fifo));
+        add(&mut sum, run(seed, 2_000, 10, ReclaimPolicy::Accessed));
+    }
+    println!("{sum:?}");
+    assert!(sum.pages_recycled > 1000 && sum.second_chances > 100, "{sum:?}");
+}
