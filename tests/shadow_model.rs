@@ -8,6 +8,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -17,7 +18,9 @@ use mmu_core::fault::FaultOutcome;
 use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest};
 use mmu_core::spte::{Capabilities, Legacy, SpteConfig};
 use mmu_core::stats::Counter;
-use mmu_core::traits::{HostPage, ResolveError};
+use mmu_core::traits::{
+    AgeAnswer, AgeMode, AgeRange, AgeRequest, CountOnly, Effort, HostPage, ResolveError,
+};
 use mmu_core::vm::{Actor, VmCore};
 use mmu_model::{AccessKind, Caches, Random, SoftCpu, Walker};
 use shadow_mmu::guest::{
@@ -162,6 +165,8 @@ struct World {
     /// Address of the shadow of that.
     register: u64,
     looks: u64,
+    /// Guest pages accessed since all were aged with a flush.
+    touched: BTreeSet<u64>,
     /// What each address meant since its last flush.
     allowed: Vec<Vec<Meaning>>,
     steps: Vec<String>,
@@ -219,6 +224,7 @@ impl World {
             root: 0,
             register: 0,
             looks: 0,
+            touched: BTreeSet::new(),
             allowed: vec![Vec::new(); GVAS as usize],
             steps: Vec::new(),
         }
@@ -383,6 +389,7 @@ impl World {
             };
             match reached {
                 Ok(pa) => {
+                    self.was_accessed(pa >> 12);
                     let (write, exec) = (kind == AccessKind::Write, kind == AccessKind::Fetch);
                     return self.judge(number, &Meaning { gfn: pa >> 12, write, user, exec });
                 }
@@ -431,6 +438,40 @@ impl World {
             let known = known.clone();
             self.fail(&format!("address {number} reaches {seen:x?}, allowed is {known:x?}"));
         }
+    }
+
+    /// The guest just accessed a host page through the tables: the page behind it is young.
+    fn was_accessed(&mut self, pfn: u64) {
+        let behind = |page: &AtomicU64| DATA + page.load(Ordering::Relaxed) == pfn;
+        let Some(gfn) = self.backing.iter().position(behind) else { return };
+        let gfn = gfn as u64;
+        self.touched.insert(gfn);
+        let mode = AgeMode::Test;
+        let answer = self.mmu.age_gfn(&mut self.notifier, Gfn::new(gfn), mode, Effort::Full);
+        if answer != AgeAnswer::Young {
+            self.fail(&format!("page {gfn} was accessed and is {answer:?}"));
+        }
+    }
+
+    /// Nothing is young that was not accessed (INVARIANT[I21]); then everything is old.
+    fn age(&mut self) {
+        let all = GfnRange::from_len(Gfn::new(0), PAGES);
+        let (mut young, mut unknown) = ([0], []);
+        let test = AgeRequest::new(all, AgeMode::Test);
+        let report = self.mmu.age_bitmap(&mut self.notifier, test, &mut young, &mut unknown);
+        assert_eq!(report.next, all.end);
+        let wrong = (0..PAGES).find(|gfn| young[0] >> gfn & 1 != 0 && !self.touched.contains(gfn));
+        if let Some(gfn) = wrong {
+            self.fail(&format!("page {gfn} is young and was not accessed"));
+        }
+        self.note("age all".to_owned());
+        let clear = AgeRequest::new(all, AgeMode::ClearFlush);
+        let cleared = self.mmu.age(&mut self.notifier, clear, &mut CountOnly);
+        assert_eq!((cleared.mapped, cleared.young), (report.mapped, report.young));
+        if self.mmu.test_age(&mut self.notifier, all) == AgeAnswer::Young {
+            self.fail("a page is young that was just aged");
+        }
+        self.touched.clear();
     }
 
     /// The host takes a page back and gives another.
@@ -488,7 +529,8 @@ impl World {
                 let root = self.random.below(2);
                 self.load_cr3(root);
             }
-            97..99 => self.take_back(),
+            97 => self.take_back(),
+            98 => self.age(),
             _ => {
                 self.note("flush".to_owned());
                 self.vcpu.guest_flushed(&self.lock, &self.guest, &self.memory);

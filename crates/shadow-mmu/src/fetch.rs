@@ -486,6 +486,11 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         let kind = config.change_kind(now, leaf, level);
         if kind.is_ok_and(|kind| !kind.needs_flush() && !kind.owes_log_flush()) {
             let _ = self.update(cell, level, |_| leaf);
+            // What is compared when the page is synchronised is what the entry permits now.
+            if let Some(page) = self.writer.pages.get_mut(place.page()) {
+                let gfn = target.path.gfn.align_down(level);
+                page.set_shadowed(place.index(), Shadowed::new(gfn, target.access));
+            }
             return Attempt::Done(FaultOutcome::Fixed);
         }
         let _ = self.drop_entry(place);

@@ -26,6 +26,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod age;
 mod blocks;
 mod chain;
 mod change;

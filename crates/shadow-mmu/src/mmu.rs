@@ -16,6 +16,7 @@ use mmu_core::sync::plain;
 use mmu_core::traits::Host;
 use mmu_core::vm::VmCore;
 
+use crate::age::Unflushed;
 use crate::radix::{NoMemory, Radix};
 use crate::rmap::Rmaps;
 use crate::spte_ref::{PageId, SpteRef};
@@ -30,11 +31,12 @@ pub struct ShadowMmu<F: SpteFormat, H: Host> {
     rmaps: Arc<Rmaps>,
     /// Frame number plus 1 of each shadow page, by its number; 0 for none.
     frames: Radix<plain::AtomicU64>,
+    unflushed: Unflushed,
 }
 
 impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
     pub(crate) fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, rmaps: Arc<Rmaps>) -> Self {
-        Self { vm, config, rmaps, frames: Radix::new(PAGE_BITS) }
+        Self { vm, config, rmaps, frames: Radix::new(PAGE_BITS), unflushed: Unflushed::new() }
     }
 
     /// The VM.
@@ -53,6 +55,10 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
     #[must_use]
     pub fn rmaps(&self) -> &Arc<Rmaps> {
         &self.rmaps
+    }
+
+    pub(crate) fn unflushed(&self) -> &Unflushed {
+        &self.unflushed
     }
 
     /// Make room for the frame of a page.

@@ -107,6 +107,10 @@ impl From<NoMemory> for RmapError {
     }
 }
 
+/// Somebody else holds the list at the moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Busy;
+
 /// The reverse maps of a shadow MMU. See the file's head.
 #[doc(alias = "kvm_rmap_head")]
 #[derive(Debug)]
@@ -153,29 +157,34 @@ impl Rmaps {
     #[doc(alias = "kvm_rmap_lock_readonly")]
     #[must_use]
     pub fn lock(&self, key: RmapKey) -> Option<RmapGuard<'_>> {
-        let head = self.head(key)?;
         let mut backoff = Backoff::new();
         loop {
-            // ORDERING[rmap-lock]: Relaxed. Compared again by the exchange.
-            let seen = head.load(Ordering::Relaxed);
-            if seen == 0 {
-                return None;
-            }
-            if seen & LOCKED == 0 {
-                // ORDERING[rmap-lock]: Acquire. Pairs with the Release of `RmapGuard::drop` and
-                // `replace`: the descriptors are those that the head speaks of.
-                let taken = head.compare_exchange(
-                    seen,
-                    seen | LOCKED,
-                    Ordering::Acquire,
-                    Ordering::Relaxed,
-                );
-                if taken.is_ok() {
-                    return Some(RmapGuard { head, chain: Chain::from_word(seen), rmaps: self });
-                }
+            if let Ok(list) = self.try_lock(key) {
+                return list;
             }
             backoff.wait(self.give_up_cpu);
         }
+    }
+
+    /// The same without waiting.
+    ///
+    /// # Errors
+    /// [`Busy`]: somebody holds the list.
+    pub fn try_lock(&self, key: RmapKey) -> Result<Option<RmapGuard<'_>>, Busy> {
+        let Some(head) = self.head(key) else { return Ok(None) };
+        // ORDERING[rmap-lock]: Relaxed. Compared again by the exchange.
+        let seen = head.load(Ordering::Relaxed);
+        if seen == 0 {
+            return Ok(None);
+        }
+        if seen & LOCKED != 0 {
+            return Err(Busy);
+        }
+        // ORDERING[rmap-lock]: Acquire. Pairs with the Release of `RmapGuard::drop` and `replace`:
+        // the descriptors are those that the head speaks of.
+        head.compare_exchange(seen, seen | LOCKED, Ordering::Acquire, Ordering::Relaxed)
+            .map(|_| Some(RmapGuard { head, chain: Chain::from_word(seen), rmaps: self }))
+            .map_err(|_| Busy)
     }
 
     /// The first frame from `from` on, below `end`, that may have a list at `level`: whole parts
