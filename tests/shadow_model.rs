@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use common::{Core, DATA, Modelled, Peek, TestHost};
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Hva, Level, Pfn};
 use mmu_core::fault::FaultOutcome;
-use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest};
+use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::{Capabilities, Legacy, SpteConfig};
 use mmu_core::stats::Counter;
 use mmu_core::traits::{
@@ -28,7 +28,8 @@ use shadow_mmu::guest::{
     Operation, Privilege, Request, WalkError,
 };
 use shadow_mmu::{
-    PageRole, ReclaimPolicy, RoleFlags, ShadowMmu, ShadowVcpu, ShadowWriter, WriterLock,
+    OnWriteProtected, PageRole, ReclaimPolicy, RoleFlags, ShadowMmu, ShadowVcpu, ShadowWriter,
+    WriteRetry, WriterLock,
 };
 
 /// Guest memory in pages.
@@ -137,6 +138,12 @@ fn meaning(memory: &Memory, root: u64, gva: u64) -> Option<Meaning> {
     Some(found)
 }
 
+/// All of guest memory.
+fn slot(flags: SlotFlags) -> SlotRequest {
+    let hva = Hva::new(DATA << 12);
+    SlotRequest { as_id: 0, id: 0, base: Gpa::new(0), bytes: PAGES << 12, hva, flags }
+}
+
 struct Lock(Mutex<ShadowWriter<Legacy, TestHost>>);
 
 impl WriterLock<Legacy, TestHost> for Lock {
@@ -167,6 +174,9 @@ struct World {
     looks: u64,
     /// Guest pages accessed since all were aged with a flush.
     touched: BTreeSet<u64>,
+    /// Guest pages written since the log was harvested; `None` where writes are not logged.
+    written: Option<BTreeSet<u64>>,
+    slots: SlotWriter,
     /// What each address meant since its last flush.
     allowed: Vec<Vec<Meaning>>,
     steps: Vec<String>,
@@ -188,15 +198,8 @@ impl World {
         }));
         let (vm, mut slots) = VmCore::new(host, 4, limits, std::thread::yield_now).unwrap();
         let mut notifier = vm.actor().unwrap();
-        let request = SlotRequest {
-            as_id: 0,
-            id: 0,
-            base: Gpa::new(0),
-            bytes: PAGES << 12,
-            hva: Hva::new(DATA << 12),
-            flags: SlotFlags::empty(),
-        };
-        let _ = vm.set_slot(&mut slots, &mut notifier, &request, |_, _| {});
+        let request = slot(SlotFlags::empty());
+        let _ = vm.set_slot(&mut slots, &mut notifier, &request, |_, _| {}).unwrap();
         let (mmu, mut writer) = ShadowMmu::create(Arc::clone(&vm), config, quota);
         writer.set_policy(policy);
         let vcpu = ShadowVcpu::new(&mmu).unwrap();
@@ -225,6 +228,8 @@ impl World {
             register: 0,
             looks: 0,
             touched: BTreeSet::new(),
+            written: None,
+            slots,
             allowed: vec![Vec::new(); GVAS as usize],
             steps: Vec::new(),
         }
@@ -350,7 +355,11 @@ impl World {
         let unseen = self.is_writable(table);
         self.note(format!("{table}[{index}] = {entry:#x}, unseen: {unseen}"));
         self.memory.0[(at / 8) as usize].store(entry, Ordering::SeqCst);
+        self.was_written(table);
         if !unseen {
+            // The emulator wrote it.
+            let page = GfnRange::from_len(Gfn::new(table), 1);
+            let _ = self.notifier.mark_dirty(0, page).unwrap();
             let (lock, vcpu) = (&self.lock, &mut self.vcpu);
             lock.with(|writer| writer.guest_wrote(vcpu.actor(), Gpa::new(at), 8));
         }
@@ -389,7 +398,7 @@ impl World {
             };
             match reached {
                 Ok(pa) => {
-                    self.was_accessed(pa >> 12);
+                    self.was_accessed(pa >> 12, kind);
                     let (write, exec) = (kind == AccessKind::Write, kind == AccessKind::Fetch);
                     return self.judge(number, &Meaning { gfn: pa >> 12, write, user, exec });
                 }
@@ -441,15 +450,54 @@ impl World {
     }
 
     /// The guest just accessed a host page through the tables: the page behind it is young.
-    fn was_accessed(&mut self, pfn: u64) {
+    fn was_accessed(&mut self, pfn: u64, kind: AccessKind) {
         let behind = |page: &AtomicU64| DATA + page.load(Ordering::Relaxed) == pfn;
         let Some(gfn) = self.backing.iter().position(behind) else { return };
         let gfn = gfn as u64;
         self.touched.insert(gfn);
+        if kind == AccessKind::Write {
+            self.was_written(gfn);
+        }
         let mode = AgeMode::Test;
         let answer = self.mmu.age_gfn(&mut self.notifier, Gfn::new(gfn), mode, Effort::Full);
         if answer != AgeAnswer::Young {
             self.fail(&format!("page {gfn} was accessed and is {answer:?}"));
+        }
+    }
+
+    fn was_written(&mut self, gfn: u64) {
+        if let Some(written) = &mut self.written {
+            written.insert(gfn);
+        }
+    }
+
+    /// Log writes from now on.
+    fn log(&mut self) {
+        self.note("log".to_owned());
+        let vm = Arc::clone(self.mmu.vm());
+        let request = slot(SlotFlags::LOG_DIRTY);
+        let _ = vm.set_slot(&mut self.slots, &mut self.notifier, &request, |_, _| {}).unwrap();
+        let memslot = *vm.slots().read(&self.notifier.pinned().section).by_id(0, 0).unwrap();
+        self.mmu.log_enabled(&mut self.notifier, &self.lock, &memslot);
+        self.written = Some(BTreeSet::new());
+    }
+
+    /// INVARIANT[I9]: every page written since the last harvest is reported, and no page can be
+    /// written after it without being reported by the next.
+    fn harvest(&mut self) {
+        let Some(written) = &mut self.written else { return };
+        let written = std::mem::take(written);
+        let mut words = [0];
+        let mmu = Arc::clone(&self.mmu);
+        let dirty = mmu.harvest_log(&mut self.notifier, &self.lock, 0, 0, &mut words).unwrap();
+        self.note(format!("harvest {:#x}", words[0]));
+        assert_eq!(dirty, u64::from(words[0].count_ones()));
+        if let Some(lost) = written.iter().find(|gfn| words[0] >> **gfn & 1 == 0) {
+            self.fail(&format!("page {lost} was written and is not reported"));
+        }
+        let writable = (0..PAGES).find(|gfn| self.is_writable(*gfn));
+        if let Some(gfn) = writable {
+            self.fail(&format!("page {gfn} is writable after the harvest"));
         }
     }
 
@@ -485,6 +533,27 @@ impl World {
         place.store(place.load(Ordering::SeqCst) + PAGES, Ordering::SeqCst);
         let _ = self.mmu.unmap_in(&mut self.notifier, &self.lock, &invalidation, range);
         drop(invalidation);
+    }
+
+    /// Every page becomes obsolete at once; taken apart a bit at a time.
+    fn drop_everything(&mut self) {
+        self.note("drop everything".to_owned());
+        let (lock, actor) = (&self.lock, &mut self.notifier);
+        lock.with(|writer| {
+            writer.invalidate_all(actor);
+            let _ = writer.zap_obsolete(actor);
+        });
+    }
+
+    /// The emulator cannot do a write to a table: its shadows are given up.
+    fn unprotect(&mut self) {
+        let gfn = Gfn::new(self.random.below(TABLES));
+        let mut retry = WriteRetry::new();
+        let (lock, actor) = (&self.lock, &mut self.notifier);
+        let first = lock.with(|writer| retry.cannot_emulate(writer, actor, 0x1000, gfn));
+        let second = lock.with(|writer| retry.cannot_emulate(writer, actor, 0x1000, gfn));
+        self.note(format!("unprotect {gfn}: {first:?}"));
+        assert_eq!(second, OnWriteProtected::Emulate, "the same write, not tried for ever");
     }
 
     /// INVARIANT[I20]: no address permits more than the guest's tables have since its flush.
@@ -530,7 +599,12 @@ impl World {
                 self.load_cr3(root);
             }
             97 => self.take_back(),
-            98 => self.age(),
+            98 => match self.random.below(4) {
+                0 => self.age(),
+                1 => self.harvest(),
+                2 => self.drop_everything(),
+                _ => self.unprotect(),
+            },
             _ => {
                 self.note("flush".to_owned());
                 self.vcpu.guest_flushed(&self.lock, &self.guest, &self.memory);
@@ -545,6 +619,7 @@ impl World {
         let live = {
             let (lock, actor) = (&self.lock, &mut self.notifier);
             lock.with(|writer| {
+                while writer.zap_obsolete(actor) {}
                 let _ = writer.shrink(actor, u32::MAX);
                 writer.live_pages()
             })
@@ -563,7 +638,10 @@ fn run(seed: u64, steps: u64, quota: u32, policy: ReclaimPolicy) -> shadow_mmu::
     let mut world = World::new(seed, quota, policy);
     world.furnish();
     world.load_cr3(0);
-    for _ in 0..steps {
+    for step in 0..steps {
+        if step == steps / 2 {
+            world.log();
+        }
         world.step();
         world.check();
     }

@@ -339,9 +339,10 @@ impl Pages {
         self.free.iter().rev().take(to_index(u64::from(count))).copied()
     }
 
-    /// Count a page as made just now.
+    /// Count a page as made just now, if it is of the same generation: obsolete pages stay first.
     pub(crate) fn renew(&mut self, id: PageId) {
-        if self.newest != Some(id) && self.get(id).is_some() {
+        let generation = |id: PageId| self.get(id).map(|page| page.generation);
+        if self.newest != Some(id) && generation(id) == self.newest.and_then(generation) {
             self.leave_order(id);
             self.join_order(id);
         }

@@ -1,0 +1,173 @@
+//! The dirty log over shadow tables: by write protection, through reverse maps.
+//!
+//! Adds to [`ShadowMmu`] what enabling, harvesting and clearing a slot's log mean for its entries
+//! (KVM rows 3.43 to 3.46 as far as they concern rmaps, 4.57). A page that is logged is mapped
+//! small and writable only by a fault that marks it, with the writer held; a harvest takes the
+//! marks and the write permissions with the writer held too, and its flush is paid before the words
+//! are given out (invariants I9, I10).
+
+use alloc::sync::Arc;
+use core::fmt;
+
+use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
+use mmu_core::slot::{DirtyLog, Memslot};
+use mmu_core::spte::SpteFormat;
+use mmu_core::traits::Host;
+use mmu_core::vm::Actor;
+
+use crate::mmu::ShadowMmu;
+use crate::rmap::RmapKey;
+use crate::writer::{Work, WriterLock};
+use crate::zap::ShadowZap;
+
+/// Pages in a word.
+const WORD: u64 = 64;
+/// Words that are harvested before others have a turn with the writer.
+const SLICE: usize = 8;
+
+/// Why a log was not harvested. Nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ShadowLogError {
+    /// There is no such slot.
+    NoSlot {
+        /// Address space.
+        space: u16,
+        /// The slot.
+        id: u16,
+    },
+    /// The slot's writes are not logged in a bitmap.
+    NotLogged {
+        /// The slot.
+        id: u16,
+    },
+    /// The buffer is not one word for each 64 pages.
+    BufferSize {
+        /// Words given.
+        words: usize,
+        /// Words wanted.
+        wanted: usize,
+    },
+}
+
+impl fmt::Display for ShadowLogError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoSlot { space, id } => write!(f, "address space {space} has no slot {id}"),
+            Self::NotLogged { id } => write!(f, "slot {id} has no dirty bitmap"),
+            Self::BufferSize { words, wanted } => {
+                write!(f, "a buffer of {words} words for a log of {wanted}")
+            }
+        }
+    }
+}
+
+impl core::error::Error for ShadowLogError {}
+
+impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
+    /// The slot's writes are logged from now on: the set of slots says so already. Its pages lose
+    /// write access, larger ones go and come back small. Flushed when this returns.
+    pub fn log_enabled<L: WriterLock<F, H>>(&self, actor: &mut Actor<H>, lock: &L, slot: &Memslot) {
+        let mut at = slot.range().start;
+        while at < slot.range().end {
+            at = lock.with(|writer| {
+                writer.work(actor, |work| work.protect_slice(slot.as_id, slot.range(), at))
+            });
+        }
+    }
+
+    /// Take the slot's marks into `words`, a bit a page from its first page on, and make the pages
+    /// clean. Complete: a write made before the call is in `words` or in those of the next call; a
+    /// write after it marks the page again. How many pages were dirty?
+    ///
+    /// With direct tables beside, their MMU takes the marks, and this MMU is asked to
+    /// [`protect`](Self::protect_marked) them before its flush.
+    ///
+    /// # Errors
+    /// [`ShadowLogError`].
+    pub fn harvest_log<L: WriterLock<F, H>>(
+        &self,
+        actor: &mut Actor<H>,
+        lock: &L,
+        space: u16,
+        id: u16,
+        words: &mut [u64],
+    ) -> Result<u64, ShadowLogError> {
+        let (slot, log) = self.log_of(actor, space, id)?;
+        let wanted = to_index(slot.npages.div_ceil(WORD));
+        if words.len() != wanted {
+            return Err(ShadowLogError::BufferSize { words: words.len(), wanted });
+        }
+        let mut dirty = 0;
+        let mut first = 0;
+        for part in words.chunks_mut(SLICE) {
+            lock.with(|writer| {
+                writer.work(actor, |work| {
+                    for (number, word) in (first..).zip(part.iter_mut()) {
+                        *word = log.take(number, u64::MAX);
+                        dirty += u64::from(word.count_ones());
+                        let base = slot.base_gfn.saturating_add(number * WORD);
+                        work.protect_mask(space, base, *word);
+                    }
+                });
+            });
+            first += to_u64(part.len());
+        }
+        Ok(dirty)
+    }
+
+    /// Take write access to the pages of `mask`, bit by bit from `base` on, away; flushed when this
+    /// returns.
+    #[doc(alias = "kvm_arch_mmu_enable_log_dirty_pt_masked")]
+    pub fn protect_marked<L: WriterLock<F, H>>(
+        &self,
+        actor: &mut Actor<H>,
+        lock: &L,
+        space: u16,
+        base: Gfn,
+        mask: u64,
+    ) {
+        lock.with(|writer| writer.work(actor, |work| work.protect_mask(space, base, mask)));
+    }
+
+    fn log_of(
+        &self,
+        actor: &mut Actor<H>,
+        space: u16,
+        id: u16,
+    ) -> Result<(Memslot, Arc<DirtyLog>), ShadowLogError> {
+        let work = actor.pinned();
+        let slots = work.vm.slots().read(&work.section);
+        let slot = slots.by_id(space, id).copied().ok_or(ShadowLogError::NoSlot { space, id })?;
+        let log = slots.meta(space, id).and_then(|meta| meta.log()).cloned();
+        let log = log.filter(|log| log.has_bitmap());
+        Ok((slot, log.ok_or(ShadowLogError::NotLogged { id })?))
+    }
+}
+
+impl<F: SpteFormat, H: Host> Work<'_, F, H> {
+    /// Protect the pages whose bits are set.
+    fn protect_mask(&mut self, space: u16, base: Gfn, mut mask: u64) {
+        while mask != 0 {
+            let bit = u64::from(mask.trailing_zeros());
+            mask &= mask - 1;
+            self.write_protect(space, base.saturating_add(bit));
+        }
+    }
+
+    /// Protect a block of 2 MiB of a slot, from `at` on; where to go on.
+    fn protect_slice(&mut self, space: u16, range: GfnRange, at: Gfn) -> Gfn {
+        let mut gone = ShadowZap::default();
+        for level in [Level::L2, Level::L3] {
+            // INVARIANT[I10]: nothing larger than 4 KiB is written unseen.
+            self.zap_list(RmapKey { space, level, gfn: at }, &mut gone);
+        }
+        let end = at.align_down(Level::L2).saturating_add(Level::L2.pages()).min(range.end);
+        let mut gfn = at;
+        while let Some(next) = self.writer.rmap.rmaps().next(space, Level::L1, gfn, end) {
+            self.write_protect(space, next);
+            gfn = next.saturating_add(1);
+        }
+        end
+    }
+}
