@@ -212,6 +212,9 @@ impl Unflushed {
                 },
             }
         }
+        if cfg!(busted = "trust_unflushed_upper") {
+            return true;
+        }
         let unflushed = pass.hulls.get(level.slot()).copied().unwrap_or(GfnRange::ALL);
         !overlaps(unflushed, range) && !pass.others.iter().any(|other| overlaps(*other, range))
     }
