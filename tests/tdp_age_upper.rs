@@ -347,19 +347,34 @@ fn what_inherits_an_access_is_not_left_under_idle_links() {
     run::<Legacy>(Capabilities::legacy());
 }
 
-/// What an access of each page owes to whoever asks, by what was flushed when.
+/// What an access of a page owes to whoever asks, by what was cleared and flushed when.
 #[derive(Clone, Copy, Debug)]
 struct Known {
-    /// Nothing that was cleared is unflushed: an access now cannot be hidden.
-    exact: bool,
-    /// Accessed while exact, and nobody cleared it since.
+    /// Its leaf was cleared and not flushed since: a TLB may hide an access.
+    leaf: bool,
+    /// Links above it may have been: an access may go past them. It is hidden once they are
+    /// flushed, and then only.
+    links: bool,
+    /// Accessed, not cleared since, and not hidden.
     must: bool,
-    /// Accessed while not exact: may be missed.
+    /// Accessed, and perhaps hidden.
     may: bool,
 }
 
 impl Known {
-    const FRESH: Self = Self { exact: true, must: false, may: false };
+    const FRESH: Self = Self { leaf: false, links: false, must: false, may: false };
+
+    fn accessed(&mut self) {
+        self.must |= !self.leaf;
+        self.may |= self.leaf;
+    }
+
+    fn flushed(&mut self) {
+        if self.links && self.must {
+            (self.must, self.may) = (false, true);
+        }
+        (self.leaf, self.links) = (false, false);
+    }
 }
 
 /// A guest, two processors that never forget by themselves, and what is known of every page.
@@ -410,8 +425,7 @@ impl<F: Modelled> Trial<F> {
         let level = if self.random.chance(1, 3) { Level::L2 } else { Level::L1 };
         read(&mut self.guest, &core, gfn, level);
         let known = self.pages.get_mut(&gfn).expect("one of ours");
-        known.must |= known.exact;
-        known.may |= !known.exact;
+        known.accessed();
     }
 
     fn unmap(&mut self) {
@@ -430,7 +444,7 @@ impl<F: Modelled> Trial<F> {
         let part = self.part();
         self.guest.mmu.flush_aged(&mut self.guest.actor, part);
         for (_, known) in self.pages.range_mut(part.start.get()..part.end.get()) {
-            known.exact = true;
+            known.flushed();
         }
     }
 
@@ -463,16 +477,18 @@ impl<F: Modelled> Trial<F> {
                 continue;
             }
             // Cleared, be it with the huge leaf of a neighbour. Flushed before the call returned?
-            let flushed = mode == AgeMode::ClearFlush && effort == Effort::Full;
             if told.young.contains(&gfn) {
                 known.must = false;
-                known.exact &= flushed;
+                known.leaf = true;
             }
             // The links above any page may have been cleared.
-            if upper == UpperBits::Use && done.contains(at) {
-                known.exact &= flushed;
+            known.links |= upper == UpperBits::Use && done.contains(at);
+            if mode == AgeMode::ClearFlush && effort == Effort::Full {
+                // A huge leaf is flushed as a whole.
+                if done.contains(at) || told.young.contains(&gfn) {
+                    known.flushed();
+                }
             }
-            known.exact |= flushed && done.contains(at);
         }
     }
 
