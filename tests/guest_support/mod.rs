@@ -5,6 +5,7 @@
 
 pub mod chain;
 pub mod pages;
+pub mod plane;
 
 use mmu_core::access::Access;
 use mmu_core::addr::Level;
