@@ -6,6 +6,7 @@
 pub mod chain;
 pub mod pages;
 pub mod plane;
+pub mod vm;
 
 use mmu_core::access::Access;
 use mmu_core::addr::Level;
