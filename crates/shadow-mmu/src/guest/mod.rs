@@ -28,6 +28,7 @@ pub mod walk;
 pub mod walker;
 
 pub use cpu::{EptCpu, GuestControls, GuestCpu};
+pub use descent::MAX_ATTEMPTS;
 pub use memory::{EntryWidth, Exchange, GuestMem, LogFull, NotMemory};
 pub use mode::{ModeError, PagingMode};
 pub use nested::{NestedRequest, NestedTables, NestedWalker, Purpose, TwoDimensionalWalk};
