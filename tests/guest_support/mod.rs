@@ -5,6 +5,8 @@
 
 pub mod chain;
 pub mod pages;
+pub mod plane;
+pub mod vm;
 
 use mmu_core::access::Access;
 use mmu_core::addr::Level;

@@ -18,7 +18,7 @@ use super::walk::{Cause, Dirtiness, GuestEntry, NestedFault, WalkPath};
 
 /// Attempts before a walk gives the vCPU back to the guest. Each lost one means that another CPU
 /// has changed an entry, so the guest as a whole moves on.
-pub(super) const MAX_ATTEMPTS: u32 = 8;
+pub const MAX_ATTEMPTS: u32 = 8;
 
 /// Where tables stand: the dimension below.
 pub(super) trait Beneath {
@@ -123,6 +123,15 @@ pub(super) fn descend<M: GuestMem + ?Sized, B: Beneath>(
         }
         let mut path = attempt.path;
         path.attempts = attempts;
+        // INVARIANT[I19]: each level once, from the first table down to the page.
+        debug_assert!(
+            path.entries.first().map(|entry| entry.level) == Some(start.level)
+                && path.entries.last().map(|entry| entry.level) == Some(path.level)
+                && path.entries.windows(2).all(|two| matches!(two, [upper, lower]
+                    if upper.level.below() == lower.level)),
+            "a walk of {address:#x} read {:?}",
+            path.entries
+        );
         return Ok(path);
     }
     Err(Stop::Contended)
@@ -153,7 +162,6 @@ fn read_down<M: GuestMem + ?Sized, B: Beneath>(
         if rules.is_rejected(level, value) {
             return Err(halt(Cause::Reserved, level));
         }
-        // INVARIANT[I19]: five levels and five places; a level less each time.
         entries.push(GuestEntry { gpa: place.at, level, width: rules.width, above, value });
         places.push(place);
         above &= rules.access(value);

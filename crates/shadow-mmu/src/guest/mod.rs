@@ -29,6 +29,7 @@ pub mod walk;
 pub mod walker;
 
 pub use cpu::{EptCpu, GuestControls, GuestCpu};
+pub use descent::MAX_ATTEMPTS;
 pub(crate) use leaf::GuestLeaf;
 pub use memory::{EntryWidth, Exchange, GuestMem, LogFull, NotMemory};
 pub use mode::{ModeError, PagingMode};

@@ -19,6 +19,12 @@ pub trait HostWords {
 
     /// Replace `old` by `new`; false if it was not `old` any more. AcqRel.
     fn compare_exchange(&self, hva: Hva, width: EntryWidth, old: u64, new: u64) -> Option<bool>;
+
+    /// An entry in this page was changed. Dirty bitmaps have been told; a vCPU with a dirty ring
+    /// puts the page there before it enters its guest.
+    fn dirtied(&self, gfn: Gfn) {
+        let _ = gfn;
+    }
 }
 
 /// The slots of one address space, as memory for walks.
@@ -66,7 +72,9 @@ impl<W: HostWords> GuestMem for SlotMem<'_, W> {
         };
         match self.words.compare_exchange(hva, width, old, new) {
             Some(true) => {
-                self.slots.mark_dirty(self.as_id, GfnRange::from_len(Gfn::containing(at), 1));
+                let gfn = Gfn::containing(at);
+                self.slots.mark_dirty(self.as_id, GfnRange::from_len(gfn, 1));
+                self.words.dirtied(gfn);
                 Ok(Exchange::Done)
             }
             Some(false) => Ok(Exchange::Lost),
