@@ -369,7 +369,8 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
 /// `first` on; `None` when one leaf cannot. The table may change meanwhile.
 ///
 /// Used, written and writable is what one of them is: rather a page copied for nothing than a write
-/// forgotten. Access-tracked is what all of them are.
+/// forgotten. Access-tracked is what all of them are. A fault that gives W back to one of them after
+/// it was looked at is taken again, by the leaf.
 fn huge_leaf<F: SpteFormat>(
     config: &SpteConfig<F>,
     table: &PageTable,
