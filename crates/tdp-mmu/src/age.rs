@@ -33,7 +33,7 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         sink: &mut S,
     ) -> AgeReport {
         self.assert_own(reader);
-        if request.mode == AgeMode::Clear {
+        if request.mode == AgeMode::Clear && !mmu_core::busted!("age_notes_too_late") {
             self.unflushed().note(request.range);
         }
         let mut total = AgeReport::empty(request.range.end);
@@ -61,11 +61,12 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         match request.mode {
             AgeMode::Test => {}
             // Once more: a precise pass beside this one may have forgotten the first note.
+            AgeMode::Clear if mmu_core::busted!("age_notes_once") => {}
             AgeMode::Clear => self.unflushed().note(request.range),
             // What was aged without a flush before may still hide accesses in TLBs.
             AgeMode::ClearFlush => due = self.unflushed().due(done),
         }
-        if let Some(due) = due {
+        if let Some(due) = due.filter(|_| !mmu_core::busted!("precise_age_forgets_others")) {
             reader.stats().inc(Counter::FlushOwed);
             debt.owe(due.range);
         }
@@ -199,7 +200,8 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
         if !self.change.age(cell, old, gfn, level) {
             self.report.lost += 1;
         }
-        if self.job.mode == AgeMode::ClearFlush {
+        let precise = self.job.mode == AgeMode::ClearFlush;
+        if precise && !mmu_core::busted!("precise_age_forgets_its_own") {
             self.change.owe(self.debt, GfnRange::from_len(gfn, level.pages()));
         }
     }
