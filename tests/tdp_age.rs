@@ -386,6 +386,9 @@ fn a_tlb_hides_accesses_until_a_precise_pass() {
         (BASE + 3..BASE + 20).for_each(|gfn| read(&mut guest, gfn));
         assert_eq!(guest.age(all, AgeMode::ClearFlush).young, 17);
         assert_eq!(guest.age(all, AgeMode::ClearFlush).young, 0);
+        // And for what it cleared itself.
+        (BASE + 3..BASE + 20).for_each(|gfn| read(&mut guest, gfn));
+        assert_eq!(guest.age(all, AgeMode::ClearFlush).young, 17);
         guest.check();
         guest.finish();
     }

@@ -33,6 +33,8 @@ struct State {
     blocked: BTreeSet<Place>,
     /// Blocked, and a processor may have the page in its TLB.
     cached: BTreeSet<Place>,
+    /// Links that are gone, and that a processor may have cached.
+    freed: BTreeSet<Place>,
     calls: u64,
     /// The call that fails, from 1; 0 for none.
     fails: u64,
@@ -112,6 +114,7 @@ impl ExternalTable for Reference {
         assert!(!state.entries.keys().any(inside), "free {at:?}, which is not empty");
         state.call()?;
         assert_eq!(state.entries.remove(&at), Some(Entry::Table(table)), "free {at:?}");
+        state.freed.insert(at);
         Ok(())
     }
 }
@@ -130,8 +133,10 @@ impl<F: Modelled> Mirror<F> {
         });
         let flushed = Arc::clone(&external);
         guest.host().before_flush(Some(Arc::new(move |batch| {
-            let covered = |at: &Place| batch.covers(GfnRange::from_len(at.gfn, 1));
-            flushed.0.lock().unwrap().cached.retain(|at| !covered(at));
+            let covered = |at: &Place, pages: u64| batch.covers(GfnRange::from_len(at.gfn, pages));
+            let mut state = flushed.0.lock().unwrap();
+            state.cached.retain(|at| !covered(at, 1));
+            state.freed.retain(|at| !covered(at, at.level.pages()));
         })));
         guest.vcpu.load_root().expect("a frame for the root");
         guest.host().set_resolver(linear(Level::L3));
@@ -197,6 +202,7 @@ impl<F: Modelled> Mirror<F> {
         self.guest.finish();
         let state = self.external.0.lock().unwrap();
         assert!(state.entries.is_empty() && state.blocked.is_empty(), "{:?}", state.entries);
+        assert!(state.freed.is_empty(), "freed and not flushed: {:?}", state.freed);
     }
 }
 

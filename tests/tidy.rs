@@ -569,6 +569,43 @@ fn ignored_tests_are_explained_and_listed() {
     none(&wrong);
 }
 
+/// Each breakage in the code is in the list, with a test that exists, and in the table that says
+/// what it breaks.
+#[test]
+fn breakages_are_listed_explained_and_noticed_by_a_test() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    let (list, table) = (read("docs/mutants.txt"), read("docs/FLUSHES.md"));
+    let all = sources();
+    let crates = all.iter().filter(|source| source.path.starts_with("crates/"));
+    let held: BTreeSet<&str> =
+        crates.flat_map(|source| source.text.lines()).flat_map(breakages).collect();
+    let mut wrong = Vec::new();
+    let mut listed = BTreeSet::new();
+    for line in list.lines().filter(|line| !line.starts_with('#')) {
+        let (Some(name), Some(test)) = (line.split(' ').next(), line.rsplit(' ').next()) else {
+            continue;
+        };
+        listed.insert(name);
+        // Models are made by macros, so their names stand without a `fn`.
+        if !all.iter().any(|source| !words(&source.code, test).is_empty()) {
+            wrong.push(format!("docs/mutants.txt: {name}: there is no test `{test}`"));
+        }
+        for word in [name, test] {
+            if !table.contains(&format!("`{word}`")) {
+                wrong.push(format!("docs/FLUSHES.md: `{word}` of docs/mutants.txt is missing"));
+            }
+        }
+    }
+    wrong.extend(held.difference(&listed).map(|name| format!("{name}: not in docs/mutants.txt")));
+    wrong.extend(listed.difference(&held).map(|name| format!("{name}: no code holds it")));
+    none(&wrong);
+}
+
+/// The breakages that a line of code names.
+fn breakages(line: &str) -> impl Iterator<Item = &str> {
+    line.split(concat!("busted", "!(\"")).skip(1).filter_map(|rest| rest.split('"').next())
+}
+
 #[test]
 fn the_scanner_blanks_comments_and_literals_only() {
     let text = "let a = \"x // y\"; // z\nlet b = 'c'; fn f<'a>() { r#\"{\"# }\n/* { */ '\\n'";

@@ -22,7 +22,9 @@ usage: cargo xtask CAMPAIGN
   fuzz [--seconds N] [TARGET...]
                              the targets of fuzz/, N seconds each (default 60)
   instructions [ROW...]      instructions per operation of the benchmark's rows, by callgrind
-  mutants [NAME...]          each known breakage of docs/mutants.txt must be noticed by its test
+  mutants [NAME|plain|loom...]
+                             each known breakage of docs/mutants.txt must be noticed by its test;
+                             plain: those that need no model, loom: those that do
   no-std                     a static program of the crates without std: links, runs, holds no std
   emulate [npt|ept|nested|all]
                              the test hypervisor under emulators (does not exist yet)

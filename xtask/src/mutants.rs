@@ -1,10 +1,15 @@
-//! Known breakages: each line of docs/mutants.txt names a `cfg(busted = "...")` and the one test
-//! that must notice it. A suite that lets one live has a hole.
+//! Known breakages: each line of docs/mutants.txt names a `busted!("...")` in the code and the one
+//! test that must notice it. A suite that lets one live has a hole.
 //!
 //! A line is `name [loom] ARGUMENTS... test`: the arguments of `cargo test` and, last, the test's
 //! name. With `loom`, the test is a model. Only a failure of the named test counts: not a build
-//! error, not a hang, not another test. First the same test must pass on the sound code.
+//! error, not a hang, not another test. First the same test must pass with nothing broken.
+//!
+//! There are two builds with `cfg(busted)`, one of them under loom; each holds every breakage, and
+//! the environment variable `BUSTED` picks one. What shipped code holds is `false`.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -17,7 +22,18 @@ use crate::{Error, Verdict};
 const LIST: &str = "docs/mutants.txt";
 /// A kill takes less than this, the build not counted.
 const LIMIT: Duration = Duration::from_secs(60);
+/// What makes builds quick.
+const QUICK: [(&str, &str); 5] = [
+    ("TEST_OPT_LEVEL", "1"),
+    ("TEST_DEBUG", "0"),
+    ("RELEASE_LTO", "off"),
+    ("RELEASE_CODEGEN_UNITS", "16"),
+    ("RELEASE_DEBUG", "0"),
+];
+/// Picks the breakage of a process.
+const VARIABLE: &str = "BUSTED";
 
+#[derive(Debug)]
 struct Mutant {
     name: String,
     loom: bool,
@@ -35,36 +51,61 @@ enum Outcome {
     DidNotRun(String),
 }
 
+impl Outcome {
+    /// What it says of a test on broken code.
+    fn of_broken(&self) -> String {
+        match self {
+            Self::Failed => "killed".to_owned(),
+            Self::Passed => "SURVIVED: the test passes on broken code".to_owned(),
+            Self::Hung => format!("SURVIVED: the test hung for {} s", LIMIT.as_secs()),
+            Self::DidNotRun(why) => format!("NOT RUN on broken code:\n{why}"),
+        }
+    }
+
+    /// Why nothing can be said of a test that does not pass on sound code.
+    fn of_sound(&self) -> String {
+        let why = if let Self::DidNotRun(why) = self { why.as_str() } else { "" };
+        format!("NOT RUN: the test does not pass on sound code\n{why}")
+    }
+}
+
 pub(crate) fn run(wanted: &[String]) -> Result<Verdict, Error> {
     let mut mutants = Vec::new();
     for line in child::list(LIST)? {
         mutants.push(parse(&line).ok_or_else(|| format!("{LIST}: cannot read `{line}`"))?);
     }
-    if let Some(name) = wanted.iter().find(|name| !mutants.iter().any(|m| m.name == **name)) {
-        return Err(format!("mutants: {LIST} names no `{name}`").into());
+    let kinds = ["loom", "plain"];
+    let fits = |mutant: &Mutant, word: &String| {
+        mutant.name == *word || *word == kinds[usize::from(!mutant.loom)]
+    };
+    if let Some(word) = wanted.iter().find(|word| !mutants.iter().any(|m| fits(m, word))) {
+        return Err(format!("mutants: {LIST} names no `{word}`").into());
     }
-    mutants.retain(|mutant| wanted.is_empty() || wanted.contains(&mutant.name));
+    mutants.retain(|mutant| wanted.is_empty() || wanted.iter().any(|word| fits(mutant, word)));
+    let wrapper = wrapper()?;
+    let broken = build(&mutants, &wrapper)?;
+    // What each test makes of sound code.
+    let mut sound = BTreeMap::new();
     let mut killed = 0_usize;
-    for mutant in &mutants {
+    for (number, mutant) in (1..).zip(&mutants) {
         let start = Instant::now();
-        let sound = attempt(mutant, None)?;
-        let verdict = if sound == Outcome::Passed {
-            let wrapper = wrapper(&mutant.name)?;
-            match attempt(mutant, Some(&wrapper))? {
-                Outcome::Failed => {
-                    killed += 1;
-                    "killed".to_owned()
-                }
-                Outcome::Passed => "SURVIVED: the test passes on broken code".to_owned(),
-                Outcome::Hung => format!("SURVIVED: the test hung for {} s", LIMIT.as_secs()),
-                Outcome::DidNotRun(why) => format!("NOT RUN on broken code:\n{why}"),
-            }
-        } else {
-            let why = if let Outcome::DidNotRun(why) = sound { why } else { String::new() };
-            format!("NOT RUN: the test does not pass on sound code\n{why}")
+        let outcome = match sound.entry((mutant.loom, &mutant.arguments, &mutant.test)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(new) => new.insert(match broken.get(&(mutant.loom, &mutant.arguments)) {
+                Some(why) => Outcome::DidNotRun(why.clone()),
+                None => attempt(mutant, &wrapper, None)?,
+            }),
         };
-        let seconds = start.elapsed().as_secs();
-        println!("{:<28} {:<44} {seconds:>3} s  {verdict}", mutant.name, mutant.test);
+        let verdict = if *outcome == Outcome::Passed {
+            let outcome = attempt(mutant, &wrapper, Some(&mutant.name))?;
+            killed += usize::from(outcome == Outcome::Failed);
+            outcome.of_broken()
+        } else {
+            outcome.of_sound()
+        };
+        let (seconds, all) = (start.elapsed().as_secs(), mutants.len());
+        let Mutant { name, test, .. } = mutant;
+        println!("{number:>3}/{all} {name:<32} {test:<60} {seconds:>3} s  {verdict}");
     }
     let held = killed == mutants.len() && !mutants.is_empty();
     println!(
@@ -73,6 +114,28 @@ pub(crate) fn run(wanted: &[String]) -> Result<Verdict, Error> {
         if held { "ok" } else { "FAILED" }
     );
     Ok(if held { Verdict::Held } else { Verdict::Failed })
+}
+
+/// A build of `cargo test`.
+type Build<'m> = (bool, &'m Vec<String>);
+
+/// Build every test file that is needed, once. The builds that failed, and why.
+fn build<'m>(mutants: &'m [Mutant], wrapper: &Path) -> Result<BTreeMap<Build<'m>, String>, Error> {
+    let mut done: BTreeMap<Build<'m>, Option<String>> = BTreeMap::new();
+    for mutant in mutants {
+        let key = (mutant.loom, &mutant.arguments);
+        if done.contains_key(&key) {
+            continue;
+        }
+        let start = Instant::now();
+        let (ended, lines) = child::lines(command(mutant, wrapper).arg("--no-run"), None)?;
+        let kind = if mutant.loom { " under loom" } else { "" };
+        let seconds = start.elapsed().as_secs();
+        println!("built {}{kind} in {seconds} s", mutant.arguments.join(" "));
+        let why = (!ended.success()).then(|| child::tail(&lines, 20));
+        done.insert(key, why);
+    }
+    Ok(done.into_iter().filter_map(|(key, why)| Some((key, why?))).collect())
 }
 
 fn parse(line: &str) -> Option<Mutant> {
@@ -84,15 +147,13 @@ fn parse(line: &str) -> Option<Mutant> {
     Some(Mutant { name, loom, arguments, test })
 }
 
-/// Build, then run the one test within [`LIMIT`].
-fn attempt(mutant: &Mutant, wrapper: Option<&Path>) -> Result<Outcome, Error> {
-    let mut build = command(mutant, wrapper);
-    build.arg("--no-run");
-    let (ended, lines) = child::lines(&mut build, None)?;
-    if !ended.success() {
-        return Ok(Outcome::DidNotRun(child::tail(&lines, 20)));
-    }
+/// Run the one test within [`LIMIT`], sound or with a breakage.
+fn attempt(mutant: &Mutant, wrapper: &Path, broken: Option<&str>) -> Result<Outcome, Error> {
     let mut test = command(mutant, wrapper);
+    match broken {
+        Some(name) => test.env(VARIABLE, name),
+        None => test.env_remove(VARIABLE),
+    };
     test.args(["--", &mutant.test]);
     let (ended, lines) = child::lines(&mut test, Some(LIMIT))?;
     let ran = |result: &str| {
@@ -108,7 +169,7 @@ fn attempt(mutant: &Mutant, wrapper: Option<&Path>) -> Result<Outcome, Error> {
     })
 }
 
-fn command(mutant: &Mutant, wrapper: Option<&Path>) -> Command {
+fn command(mutant: &Mutant, wrapper: &Path) -> Command {
     let folder = if mutant.loom { "loom" } else { "mutants" };
     let mut cargo = child::cargo(&child::target().join(folder));
     if mutant.loom {
@@ -118,24 +179,26 @@ fn command(mutant: &Mutant, wrapper: Option<&Path>) -> Command {
     if mutant.loom {
         cargo.arg("--release");
     }
-    cargo.args(&mutant.arguments);
-    if let Some(wrapper) = wrapper {
-        cargo.env("RUSTC_WORKSPACE_WRAPPER", wrapper);
+    // The tests are short, their builds are not.
+    for (setting, value) in QUICK {
+        cargo.env(format!("CARGO_PROFILE_{setting}"), value);
     }
+    cargo.args(&mutant.arguments).env("RUSTC_WORKSPACE_WRAPPER", wrapper);
     cargo
 }
 
-/// A compiler wrapper that breaks the crates of this workspace. Cargo keys what it builds by the
-/// wrapper's path, so dependencies are not built again and sound artifacts stay apart.
-fn wrapper(name: &str) -> Result<PathBuf, Error> {
-    if name.contains(|c: char| !c.is_alphanumeric() && c != '-' && c != '_') {
-        return Err(format!("{LIST}: `{name}` holds more than letters, digits, - and _").into());
-    }
+/// A compiler wrapper that lets the crates of this workspace be broken. Cargo keys what it builds
+/// by the wrapper's path, so dependencies are not built again and sound artifacts stay apart.
+fn wrapper() -> Result<PathBuf, Error> {
     let folder = child::target().join("mutants-rustc");
     fs::create_dir_all(&folder)?;
-    let path = fs::canonicalize(folder)?.join(name);
-    fs::write(&path, format!("#!/bin/sh\nexec \"$@\" --cfg 'busted=\"{name}\"'\n"))?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    let path = fs::canonicalize(folder)?.join("busted");
+    let script = "#!/bin/sh\nexec \"$@\" --cfg busted\n";
+    // Written only when it differs: its age must not make cargo build again.
+    if fs::read_to_string(&path).ok().as_deref() != Some(script) {
+        fs::write(&path, script)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
     Ok(path)
 }
 

@@ -145,7 +145,8 @@ impl FlushDebt {
         };
         let nearest = (0..self.ranges.len()).min_by_key(|&i| self.ranges.get(i).map(gap));
         let Some(nearest) = nearest else { return range };
-        range.hull(self.ranges.remove(nearest))
+        let other = self.ranges.remove(nearest);
+        if crate::busted!("debt_forgets_a_range") { range } else { range.hull(other) }
     }
 
     /// Owe a flush before `table` may be reused.
@@ -211,14 +212,14 @@ mod tests {
                 (start..end).for_each(|g| owed[crate::addr::to_index(g)] = true);
             }
             let ranges = debt.ranges();
-            for pair in ranges.windows(2) {
-                assert!(pair[0].end < pair[1].start, "round {round}: {ranges:?}");
-            }
-            for (gfn, _) in owed.iter().enumerate().filter(|(_, owed)| **owed) {
-                let gfn = Gfn::new(crate::addr::to_u64(gfn));
-                assert!(ranges.iter().any(|r| r.contains(gfn)), "round {round}: {gfn} lost");
-            }
+            let apart = ranges.windows(2).all(|pair| pair[0].end < pair[1].start);
+            let all = (0..).map(Gfn::new).zip(owed).filter(|(_, owed)| *owed);
+            let lost = all.map(|(gfn, _)| gfn).find(|gfn| !ranges.iter().any(|r| r.contains(*gfn)));
+            let shown = format!("round {round}: {ranges:?}");
+            // Settled first: a debt that is dropped by a panic would be another panic.
             assert_eq!(debt.settle().1, 40);
+            assert!(apart, "{shown}");
+            assert_eq!(lost, None, "{shown}");
         }
     }
 

@@ -146,6 +146,7 @@ impl GfnCache {
                 snapshot,
                 GfnRange::from_len(self.gfn, 1),
             );
+        let stale = stale && !crate::busted!("cache_trusted_for_ever");
         (!stale).then_some(CachedPage { pfn, hva, section: PhantomData })
     }
 

@@ -18,7 +18,7 @@
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(any(test, loom))]
+#[cfg(any(test, loom, busted))]
 extern crate std;
 
 pub mod access;
@@ -27,6 +27,8 @@ pub mod addr;
 pub mod age;
 pub mod async_page;
 pub mod attributes;
+#[doc(hidden)]
+pub mod busted;
 pub mod check;
 pub mod dead;
 pub mod dirty;

@@ -44,7 +44,8 @@ impl MmuLock {
             // ORDERING[mmu-writer]: Acquire, after the fence of the announcement. Pairs with the
             // Release in `Exclusive::drop`; with the fence in `exclusive` it is the Dekker pair:
             // either we see the writer, or its drain sees our odd word.
-            if self.writer.load(Ordering::Acquire) == 0 {
+            let free = self.writer.load(Ordering::Acquire) == 0;
+            if free || crate::busted!("shared_beside_exclusive") {
                 return Shared { epoch: EpochGuard::announced(participant) };
             }
             participant.retire();
@@ -97,8 +98,9 @@ impl MmuLock {
         while self.writer.compare_exchange(0, 1, Ordering::Acquire, Ordering::Relaxed).is_err() {
             backoff.wait(self.domain.give_up_cpu());
         }
-        #[cfg(not(busted = "exclusive_without_drain"))]
-        self.domain.drain(Some(participant.index()));
+        if !crate::busted!("exclusive_without_drain") {
+            self.domain.drain(Some(participant.index()));
+        }
         participant.announce();
         Exclusive { lock: self, epoch: EpochGuard::announced(participant) }
     }

@@ -86,16 +86,17 @@ impl Invalidations {
             let start = self.start.load(Ordering::Acquire);
             // ORDERING[invalidate-range]: Acquire. As above.
             let end = self.end.load(Ordering::Acquire);
-            if start < pages.end.get() && pages.start.get() < end {
+            let meets = start < pages.end.get() && pages.start.get() < end;
+            if meets && !crate::busted!("skip_range_check") {
                 return true;
             }
         }
-        #[cfg(busted = "skip_seq_recheck")]
-        return false;
-        #[cfg(not(busted = "skip_seq_recheck"))]
+        if crate::busted!("skip_seq_recheck") {
+            return false;
+        }
         // ORDERING[invalidate-seq]: Relaxed. Ordered by the Acquire loads above: if an invalidation
         // of our range has ended since the snapshot, its seq is visible here.
-        return self.seq.load(Ordering::Relaxed) != snapshot.0;
+        self.seq.load(Ordering::Relaxed) != snapshot.0
     }
 
     /// Is an invalidation of `gfn` in progress? A hint for faults that have not resolved their
@@ -127,10 +128,9 @@ impl Invalidations {
         // ORDERING[invalidate-begun]: Relaxed. Changed and read under the lock.
         let begun = self.begun.fetch_add(1, plain::Ordering::Relaxed) + 1;
         drop(lock);
-        #[cfg(not(busted = "begin_without_drain"))]
-        self.domain.drain(Some(participant.index()));
-        #[cfg(busted = "begin_without_drain")]
-        let _ = participant;
+        if !crate::busted!("begin_without_drain") {
+            self.domain.drain(Some(participant.index()));
+        }
         Invalidation { all: self, range, begun, first: count == 0 }
     }
 
@@ -152,7 +152,7 @@ impl Invalidations {
         loop {
             let lock = self.lock.lock();
             // ORDERING[invalidate-count]: Relaxed. Changed under the lock only.
-            if load_own(&self.count) == 0 {
+            if load_own(&self.count) == 0 || crate::busted!("swap_beside_an_invalidation") {
                 let result = swap();
                 drop(lock);
                 return result;

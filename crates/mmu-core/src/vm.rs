@@ -285,7 +285,15 @@ impl<H: Host> VmCore<H> {
         shard.inc(Counter::FlushRequests);
         let start = self.now();
         let ticket = self.request(&debt, scope);
-        self.host().wait(ticket);
+        let debt = if crate::busted!("retire_before_flush") {
+            self.pool.retire(debt.settle().0);
+            FlushDebt::new()
+        } else {
+            debt
+        };
+        if !crate::busted!("pay_without_wait") {
+            self.host().wait(ticket);
+        }
         self.took(participant.index(), Wait::Flush, start);
         let (tables, changes) = debt.settle();
         shard.add(Counter::FlushPaid, changes);
@@ -357,8 +365,12 @@ impl<H: Host> VmCore<H> {
             writer.spare().apply_invalid(&change);
             let generation = writer.live().generation() | GENERATION_UPDATING;
             writer.spare().set_generation(generation);
-            self.publish(writer, actor);
-            zap(actor, old);
+            if !crate::busted!("delete_without_invalid") {
+                self.publish(writer, actor);
+            }
+            if !crate::busted!("delete_without_zap") {
+                zap(actor, old);
+            }
             // Cannot fail: this buffer held as many slots before, and gets no more.
             prepare(writer, 0)?;
         }

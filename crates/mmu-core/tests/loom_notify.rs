@@ -183,8 +183,8 @@ impl Slots {
         let Some(slot) = found.slot.filter(|slot| !slot.is_invalid()) else { return };
         let page = slot.hva.get() >> 12;
         let work = actor.shared();
-        #[cfg(not(busted = "skip_generation_recheck"))]
-        if work.vm.slots().generation() != found.generation {
+        let current = work.vm.slots().generation() == found.generation;
+        if !current && !mmu_core::busted!("skip_generation_recheck") {
             return;
         }
         let _ = self.cell.try_change(Spte::EMPTY, entry(page));

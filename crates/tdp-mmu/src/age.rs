@@ -153,7 +153,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
 
     /// Pay `debt`, and what is left unflushed in `more`.
     fn flush_owed(&self, reader: &mut Actor<H>, mut debt: FlushDebt, more: GfnRange) {
-        let due = if more.is_empty() { None } else { self.unflushed().due(more) };
+        let nothing = more.is_empty() || mmu_core::busted!("precise_age_forgets_others");
+        let due = if nothing { None } else { self.unflushed().due(more) };
         if let Some(due) = due {
             reader.stats().inc(Counter::FlushOwed);
             debt.owe(due.range);
@@ -339,7 +340,9 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
         }
         let range = GfnRange::from_len(gfn, level.pages());
         if self.job.mode == AgeMode::ClearFlush {
-            self.change.owe(self.work.debt, range);
+            if !mmu_core::busted!("precise_age_forgets_its_own") {
+                self.change.owe(self.work.debt, range);
+            }
         } else if !self.job.range.covers(range) {
             // Cleared as a whole, and so hidden as a whole.
             self.work.pass.note(range, Level::L1);

@@ -45,7 +45,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         };
         let vm = self.vm();
         let invalidation = vm.invalidate(actor.participant(), range);
-        let report = self.unmap_in(actor, &invalidation, range);
+        let all = if mmu_core::busted!("attributes_without_unmap") { 0 } else { range.len() };
+        let gone = GfnRange::from_len(range.start, all);
+        let report = self.unmap_in(actor, &invalidation, gone);
         change.commit(actor.participant(), &invalidation);
         drop(invalidation);
         vm.trace(|| Event::AttributesSet { range, attributes });

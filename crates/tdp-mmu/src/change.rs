@@ -67,7 +67,8 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     /// leaf was taken out, so that no harvest sees neither.
     #[inline(always)]
     pub(crate) fn keep_dirty(&self, gfn: Gfn, pages: u64) {
-        if self.tracking == DirtyTracking::DirtyBit {
+        let forget = mmu_core::busted!("zap_forgets_dirty");
+        if self.tracking == DirtyTracking::DirtyBit && !forget {
             self.mark_log(GfnRange::from_len(gfn, pages));
         }
     }
@@ -202,6 +203,10 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     pub(crate) fn age(&self, cell: &SpteCell, old: Spte, gfn: Gfn, level: Level) -> bool {
         // INVARIANT[I21]: only A, or the permissions that tracking gives back.
         let new = self.config.age(old);
+        if mmu_core::busted!("age_by_exchange") {
+            let _ = cell.exchange(new);
+            return true;
+        }
         self.exchange(cell, old, new, gfn, level).is_ok()
     }
 
@@ -241,6 +246,8 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     ) {
         let Some(below) = level.down() else { return };
         // They differ in their address, whose low bits the first has clear.
+        let lossy = mmu_core::busted!("split_loses_dirty");
+        let huge = if lossy { huge.without(F::DIRTY) } else { huge };
         let mut child = config.small_from_huge(huge, level, 0);
         let step = below.pages() * PAGE_SIZE;
         debug_assert!(
@@ -354,8 +361,11 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         while old.is_leaf(level) {
             match self.set(cell, old, Spte::EMPTY, gfn, level) {
                 Ok(()) => {
-                    #[cfg(not(busted = "zap_without_flush"))]
-                    self.owe(debt, GfnRange::from_len(gfn, level.pages()));
+                    if !mmu_core::busted!("zap_leaf_without_flush") {
+                        let short = mmu_core::busted!("huge_zap_flushes_one_page");
+                        let pages = if short { 1 } else { level.pages() };
+                        self.owe(debt, GfnRange::from_len(gfn, pages));
+                    }
                     self.stats.inc(Counter::LeavesZapped);
                     if self.config.is_dirty(old) {
                         self.keep_dirty(gfn, level.pages());
@@ -388,7 +398,14 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
             // Bounded as in `zap_leaf`.
             while old.is_leaf(Level::L1) {
                 self.prove(old, Spte::EMPTY, Level::L1);
-                match cell.try_change(old, Spte::EMPTY) {
+                let blind = mmu_core::busted!("zap_by_exchange");
+                let done = if blind {
+                    let _ = cell.exchange(Spte::EMPTY);
+                    Ok(())
+                } else {
+                    cell.try_change(old, Spte::EMPTY)
+                };
+                match done {
                     Ok(()) => {
                         let gfn = base.saturating_add(u64::from(bit));
                         self.changed(gfn, Level::L1, old, Spte::EMPTY);
@@ -413,7 +430,9 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
             let count = (gone >> first).trailing_ones();
             let start = base.saturating_add(u64::from(first));
             if taken.run.end != start {
-                self.owe_run(taken, debt);
+                if !mmu_core::busted!("zap_forgets_a_run") {
+                    self.owe_run(taken, debt);
+                }
                 taken.run.start = start;
             }
             taken.run.end = start.saturating_add(u64::from(count));
@@ -434,7 +453,7 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     /// Owe the flush of the leaves taken since the last time.
     fn owe_run(&self, taken: &mut Taken, debt: &mut FlushDebt) {
         let pages = taken.run.len();
-        if pages != 0 && cfg!(not(busted = "zap_without_flush")) {
+        if pages != 0 && !mmu_core::busted!("zap_without_flush") {
             self.stats.add(Counter::FlushOwed, pages);
             debt.owe_many(taken.run, pages);
         }
@@ -469,7 +488,9 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         report: &mut ZapReport,
     ) {
         let pool = self.pool();
-        pool.note_unlinked();
+        if !mmu_core::busted!("unlinked_uncounted") {
+            pool.note_unlinked();
+        }
         let mut stack: ArrayVec<(Pfn, Level, usize), 5> = ArrayVec::new();
         stack.push((table, level, 0));
         while let Some((frame, level, index)) = stack.pop() {
@@ -541,7 +562,8 @@ impl<F: SpteFormat, H: Host> Change<'_, F, H> {
 /// Exchange FROZEN in until what comes out is not FROZEN: then the entry is ours (KVM row 1.4).
 fn freeze(cell: &SpteCell) -> Spte {
     loop {
-        let old = cell.exchange(Spte::FROZEN);
+        let skip = mmu_core::busted!("skip_freeze");
+        let old = if skip { cell.load() } else { cell.exchange(Spte::FROZEN) };
         if !old.is_frozen() {
             return old;
         }

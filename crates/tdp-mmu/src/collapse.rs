@@ -75,7 +75,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 pass.tables(actor, index, range, level);
             }
         }
-        pass.pay(actor);
+        if !mmu_core::busted!("collapse_forgets_to_pay") {
+            pass.pay(actor);
+        }
         pass.report
     }
 
@@ -94,7 +96,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         change.stats.inc(Counter::Collapses);
         let pages = GfnRange::entry(gfn, level);
         change.trace(|| Event::Collapse { gfn: pages.start, level });
-        change.owe(debt, pages);
+        if !mmu_core::busted!("collapse_without_flush") {
+            change.owe(debt, pages);
+        }
         let mut gone = ZapReport::default();
         if let Some(below) = level.down() {
             change.remove_table(self.config().pfn(old), below, debt, &mut gone);
@@ -103,7 +107,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             young: gone.young != 0 && !change.config.is_accessed(leaf),
             dirty: gone.dirty != 0 && !change.config.is_dirty(leaf),
         };
-        if used.young || used.dirty {
+        if (used.young || used.dirty) && !mmu_core::busted!("collapse_forgets_late_use") {
             used.add(change, root, pages);
         }
         if used.young || change.config.is_accessed(leaf) {
@@ -232,7 +236,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
                         *count += 1;
                     }
                     self.unpaid += 1;
-                    if self.unpaid == BATCH {
+                    if self.unpaid == BATCH && !mmu_core::busted!("collapse_pays_at_the_end") {
                         self.pay(actor);
                     }
                     return;
@@ -373,7 +377,8 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
 /// `first` on; `None` when one leaf cannot. The table may change meanwhile.
 ///
 /// Used, written and writable is what one of them is: rather a page copied for nothing than a write
-/// forgotten. Access-tracked is what all of them are.
+/// forgotten. Access-tracked is what all of them are. A fault that gives W back to one of them
+/// after it was looked at is taken again, by the leaf.
 fn huge_leaf<F: SpteFormat>(
     config: &SpteConfig<F>,
     table: &PageTable,

@@ -232,7 +232,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 
     /// Logging of `slot` was switched on: split, protect, and flush whatever is found (KVM row
-    /// 3.39). When this returns every write to a logged page is logged.
+    /// 3.39), unless the log starts with all bits set. When this returns every write to a logged
+    /// page is logged.
     /// [`set_slot`](Self::set_slot) calls it; a VM with several MMUs calls it on each.
     pub fn log_enabled(&self, actor: &mut Actor<H>, as_id: u16, id: u16) {
         self.begin_log(actor, as_id, id, DirtyTracking::WriteProtect);
@@ -258,9 +259,12 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 DirtyTracking::DirtyBit => pass.collect(actor, range, (&target.slot, &target.log)),
                 _ => pass.protect(actor, range),
             }
+            // Whatever the pass found: an earlier pass may not have flushed yet. Where nothing is
+            // protected now, each bit is taken by a harvest first, which flushes (KVM row 3.46).
+            if !mmu_core::busted!("enable_without_flush") {
+                pass.owe(actor, range);
+            }
         }
-        // Always, whatever the pass found: an earlier pass may not have flushed yet.
-        pass.owe(actor, range);
         let _ = pass.finish(actor);
     }
 
@@ -349,8 +353,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         }
         has_words(bits, pages)?;
         let mut pass = Rearm::new(self, as_id);
-        // Not collected: a page whose D nobody has reported keeps it.
-        actor.participant().synchronize();
+        // Not collected: a page whose D nobody has reported keeps it. Nor waited for anybody: who
+        // is making a page writable marks it afterwards, again if its bit is taken here.
         target.log.settle();
         let mask = |at: usize| bits.get(at).copied().unwrap_or(0);
         let mut taken = [0; Run::WORDS];
@@ -395,7 +399,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         }
         // Who made an entry writable, or took a dirty one out, before this call, has marked it
         // when its section is over.
-        actor.participant().synchronize();
+        if !mmu_core::busted!("harvest_without_drain") {
+            actor.participant().synchronize();
+        }
         // After the walk: a root that was quiet by then has raised the flag (see `roots_gone`).
         target.log.settle();
     }

@@ -299,7 +299,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             }
             match external.block(at) {
                 Ok(()) => {
-                    change.owe(&mut debt, step.range());
+                    if !mmu_core::busted!("mirror_removes_before_flush") {
+                        change.owe(&mut debt, step.range());
+                    }
                     let _ = batch.try_push(Blocked { at, leaf: step.spte });
                 }
                 Err(code) => {
@@ -546,7 +548,9 @@ fn free_some<F: SpteFormat, H: Host>(
         }
         change.release(cell, old, Spte::EMPTY, at.gfn, above);
         pool.note_unlinked();
-        change.owe(debt, GfnRange::from_len(at.gfn, above.pages()));
+        if !mmu_core::busted!("mirror_frees_without_flush") {
+            change.owe(debt, GfnRange::from_len(at.gfn, above.pages()));
+        }
         debt.owe_table(pool.map(), frame);
         removed.tables += 1;
         if removed.tables == most {

@@ -114,7 +114,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             }
             if change.adjust(step.cell, old, new, step.gfn, step.level).is_ok() {
                 // After the exchange: a harvest that misses the mark has not looked at the entry.
-                if mark {
+                if mark && !mmu_core::busted!("fast_fault_unmarked") {
                     let ring = work.vm.ring_of(&work.section);
                     self.mark_write(Some(kept), ring, work.stats, fault.gfn());
                 }
@@ -147,8 +147,7 @@ fn fixed_without_ad<F: SpteFormat>(config: &SpteConfig<F>, old: Spte, access: Ac
         new = config.writable_again(new);
         // This fault is the only one to know of the write: aging may take W away again before
         // anybody else looks (INVARIANT[I8]).
-        #[cfg(not(busted = "grant_write_unrecorded"))]
-        if config.is_writable(new) {
+        if config.is_writable(new) && !mmu_core::busted!("grant_write_unrecorded") {
             new = new.with(F::DIRTY);
         }
     }

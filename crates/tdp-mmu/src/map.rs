@@ -223,7 +223,7 @@ impl<F: SpteFormat, H: Host> TdpVcpu<F, H> {
             let work = self.actor.shared();
             self.mmu.install(work, &mut self.recent, root, resolved, &mut debt, counted)
         };
-        if let Some(debt) = debt {
+        if let Some(debt) = debt.filter(|_| !mmu_core::busted!("fault_forgets_to_pay")) {
             self.actor.pay(debt, FlushScope::Ranges);
         }
         outcome
@@ -247,11 +247,11 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         // Taken apart, so that only the section is in memory and not all that comes with it.
         let SharedWork { section, cache, vm, stats, slot } = work;
         // The authoritative checks: what invalidates from here on waits for this section.
-        #[cfg(not(busted = "skip_root_recheck"))]
-        if !self.roots().is_valid(root) {
+        if !self.roots().is_valid(root) && !mmu_core::busted!("skip_root_recheck") {
             return Ok(FaultOutcome::Retry);
         }
-        if vm.slots().generation() != generation
+        let current = vm.slots().generation() == generation;
+        if !(current || mmu_core::busted!("install_skips_generation"))
             || vm.notify().must_retry(&section, snapshot, fault.pages())
         {
             return Ok(FaultOutcome::Retry);

@@ -13,7 +13,7 @@
 
 use mmu_core::addr::{Gfn, GfnRange, Level, Pfn, to_index, to_u64};
 use mmu_core::epoch::EpochGuard;
-use mmu_core::flush::FlushDebt;
+use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::TablePool;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Capabilities, ConfigError, Spte, SpteConfig, SpteFormat};
@@ -28,7 +28,7 @@ use crate::iter::{Cursor, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::{FoundRoot, RootFilter, ZapAll};
 use crate::slice::SLICE_ENTRIES;
-use crate::zap::{ZapReport, pay_inside};
+use crate::zap::ZapReport;
 
 /// May huge pages be executed?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,8 +230,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             unlink(&change, cell, table, &mut debt)
         });
         drop(work);
-        // Also where nothing was found: as an unmap.
-        pay_inside(actor, &invalidation, pages, debt);
+        let early = mmu_core::busted!("recover_ends_before_its_flush");
+        let invalidation = Some(invalidation).filter(|_| !early);
+        actor.pay(debt, FlushScope::Ranges);
         drop(invalidation);
         if let Some(gone) = gone {
             report.recovered += 1;
@@ -290,7 +291,9 @@ fn unlink<F: SpteFormat, H: Host>(
         match change.set(cell, old, Spte::EMPTY, table.gfn, table.level) {
             Ok(()) => {
                 let mut gone = ZapReport { tables: 1, ..ZapReport::default() };
-                change.owe(debt, GfnRange::entry(table.gfn, table.level));
+                if !mmu_core::busted!("recover_without_flush") {
+                    change.owe(debt, GfnRange::entry(table.gfn, table.level));
+                }
                 change.remove_table(table.frame, table.level.below(), debt, &mut gone);
                 return Some(gone);
             }

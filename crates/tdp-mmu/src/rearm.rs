@@ -116,7 +116,9 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
 
     /// Flush: what was taken may be handed out.
     pub(crate) fn finish(self, actor: &mut Actor<H>) -> Harvest {
-        actor.pay(self.debt, FlushScope::Ranges);
+        if !mmu_core::busted!("harvest_forgets_to_pay") {
+            actor.pay(self.debt, FlushScope::Ranges);
+        }
         self.report
     }
 
@@ -125,7 +127,9 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         let hull = run.hull();
         // Owed for every page taken, also where the entry is protected already: another pass may
         // have protected it and not flushed yet.
-        self.owe(actor, hull);
+        if !mmu_core::busted!("harvest_without_flush") {
+            self.owe(actor, hull);
+        }
         for index in self.mmu.changeable_roots() {
             let mut next = Some(hull.start);
             while let Some(from) = next {
@@ -293,6 +297,9 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
 
     /// Protect every leaf of `range`, and tell of those that were dirty: first gfn and level of a
     /// huge leaf, or of a word of 64 entries and which of them.
+    ///
+    /// Owes no flush: whoever begins to log owes the whole range, and of what is told the bit is
+    /// set, in this section; who takes the bit flushes before the page is read.
     fn sweep(
         &mut self,
         actor: &mut Actor<H>,
@@ -332,7 +339,6 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
         };
         self.report.entries += 1;
         if let Some(old) = self.protect_leaf(change, step.cell, step.gfn, step.level) {
-            change.owe(&mut self.debt, step.range());
             if change.config.is_dirty(old) {
                 dirty(step.gfn, step.level, 0);
             }
@@ -379,9 +385,6 @@ impl<'m, F: SpteFormat, H: Host> Rearm<'m, F, H> {
             let old = self.protect_leaf(change, cell, gfn, Level::L1);
             found |= u64::from(old.is_some_and(|old| change.config.is_dirty(old))) << bit;
         }
-        let first = base.saturating_add(u64::from(todo.trailing_zeros()));
-        let pages = u64::from(u64::BITS - todo.leading_zeros() - todo.trailing_zeros());
-        change.owe(&mut self.debt, GfnRange::from_len(first, pages));
         if found != 0 {
             dirty(base, Level::L1, found);
         }

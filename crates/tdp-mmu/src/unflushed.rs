@@ -162,7 +162,9 @@ impl Unflushed {
         };
         if mode == AgeMode::Clear {
             let [leaves, ..] = &self.hulls;
-            leaves.add(&lock, if effort == Effort::Fast { with_huge(range) } else { range });
+            if !mmu_core::busted!("age_notes_too_late") {
+                leaves.add(&lock, if effort == Effort::Fast { with_huge(range) } else { range });
+            }
             count(&self.begun, 1);
             match effort {
                 Effort::Full => count(&self.clearing, 1),
@@ -212,7 +214,7 @@ impl Unflushed {
                 },
             }
         }
-        if cfg!(busted = "trust_unflushed_upper") {
+        if mmu_core::busted!("trust_unflushed_upper") {
             return true;
         }
         let unflushed = pass.hulls.get(level.slot()).copied().unwrap_or(GfnRange::ALL);
@@ -260,7 +262,8 @@ impl Unflushed {
     pub(crate) fn flushed(&self, due: Due) {
         let lock = self.lock.lock();
         // ORDERING[unflushed]: Relaxed. Protected by the lock.
-        if due.quiet && self.begun.load(plain::Ordering::Relaxed) == due.begun {
+        let same = due.quiet && self.begun.load(plain::Ordering::Relaxed) == due.begun;
+        if same || mmu_core::busted!("hull_forgets_late_notes") {
             self.hulls.iter().for_each(|hull| hull.cut(&lock, due.done));
         }
     }

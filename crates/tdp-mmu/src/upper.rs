@@ -95,7 +95,7 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
     /// The call ends before the gfn `stop`: the links that it cleared and did not get through are
     /// set again.
     pub(crate) fn leave(&mut self, root: FoundRoot, stop: Gfn) {
-        if !self.work.pass.clears_links() || cfg!(busted = "leave_upper_clear") {
+        if !self.work.pass.clears_links() || mmu_core::busted!("leave_upper_clear") {
             return;
         }
         // Those on the way to `stop`: entered, and perhaps cleared.

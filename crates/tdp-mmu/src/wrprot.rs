@@ -109,7 +109,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         let track = self.track_of(actor, space, gfn)?;
         let _ = track.track(gfn).map_err(TrackWriteError::Count)?;
         // Also when it was tracked already: who did that may not have come this far.
-        self.write_protect_in(actor, &invalidation, Spaces::All, gfn, Level::L1);
+        if !mmu_core::busted!("track_without_protection") {
+            self.write_protect_in(actor, &invalidation, Spaces::All, gfn, Level::L1);
+        }
         drop(invalidation);
         Ok(())
     }
@@ -194,7 +196,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 match protect_tree(&change, section, root, gfn, min_level) {
                     Some(Done::Protected(level)) => {
                         // Also where W was clear already: see the file's head.
-                        change.owe(&mut debt, GfnRange::entry(gfn, level));
+                        if !mmu_core::busted!("protect_without_flush") {
+                            change.owe(&mut debt, GfnRange::entry(gfn, level));
+                        }
                         found = true;
                     }
                     Some(Done::Nothing) => {}

@@ -208,7 +208,9 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         loop {
             let work = actor.shared();
             // Invalid roots too: a vCPU may still run on one (KVM row 3.34).
-            let Some(root) = self.roots().get(index, RootFilter::InUse) else { return };
+            let skip = mmu_core::busted!("unmap_skips_invalid_roots");
+            let filter = if skip { RootFilter::Valid } else { RootFilter::InUse };
+            let Some(root) = self.roots().get(index, filter) else { return };
             let change = self.change(work.vm, work.stats, work.section.epoch(), root.role.space());
             let pool = work.vm.pool();
             let section = work.section.epoch();
@@ -232,11 +234,14 @@ pub(crate) fn pay_inside<H: Host>(
     range: GfnRange,
     mut debt: FlushDebt,
 ) {
-    if !range.is_empty() && invalidation.others_in_progress() {
+    let others = invalidation.others_in_progress() && !mmu_core::busted!("empty_entries_trusted");
+    if !range.is_empty() && others {
         actor.stats().inc(Counter::FlushOwed);
         debt.owe(range);
     }
-    actor.pay(debt, FlushScope::Ranges);
+    if !mmu_core::busted!("unmap_forgets_to_pay") {
+        actor.pay(debt, FlushScope::Ranges);
+    }
 }
 
 /// Zap until the walk ends (`None`) or a slice is full.

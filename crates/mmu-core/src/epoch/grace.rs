@@ -50,7 +50,11 @@ impl Grace {
         self.running.store(1, plain::Ordering::Relaxed);
         // ORDERING[epoch-dekker]: SeqCst fence. Pairs with the fence in `Participant::announce`:
         // a section not noted below began after it and cannot reach what was unlinked before.
-        fence(Ordering::SeqCst);
+        fence(if crate::busted!("grace_without_fence") {
+            Ordering::Release
+        } else {
+            Ordering::SeqCst
+        });
         for (_, record) in domain.scan() {
             #[cfg(loom)]
             if record.contract.applies() {

@@ -116,7 +116,9 @@ impl EpochDomain {
                 let scanned = crate::addr::to_u64(index + 1);
                 // ORDERING[epoch-high]: AcqRel, before any pin of this participant. Pairs with the
                 // load in `scan` through the fences of `epoch-dekker`.
-                self.high.fetch_max(scanned, Ordering::AcqRel);
+                if !crate::busted!("register_uncounted") {
+                    self.high.fetch_max(scanned, Ordering::AcqRel);
+                }
                 return Ok(Participant { domain: Arc::clone(self), index });
             }
         }
@@ -134,10 +136,11 @@ impl EpochDomain {
     /// Wait until every section that was open at the call has ended, except `own`'s. Sections
     /// opened later are not waited for. What the caller wrote before the call is seen by them.
     pub(crate) fn drain(&self, own: Option<usize>) {
-        #[cfg(not(busted = "drain_without_fence"))]
-        // ORDERING[epoch-dekker]: SeqCst fence. Pairs with the fence in `Participant::announce`:
-        // a section whose odd word we miss below began after this fence and sees what we published.
-        fence(Ordering::SeqCst);
+        if !crate::busted!("drain_without_fence") {
+            // ORDERING[epoch-dekker]: SeqCst fence. Pairs with that in `Participant::announce`: a
+            // section whose odd word we miss below began after it and sees what we published.
+            fence(Ordering::SeqCst);
+        }
         for (index, record) in self.scan() {
             if Some(index) == own {
                 continue;
@@ -252,13 +255,14 @@ impl Participant {
         // Odd already: a guard was leaked. What it protected cannot be borrowed any more (we hold
         // the participant), so that section ends here and the next one begins.
         let open = value.wrapping_add(1) | 1;
-        #[cfg(not(busted = "announce_relaxed"))]
-        // ORDERING[epoch-exit]: Release. Pairs with the Acquire loads of waiters: one that waits
-        // for our former section may miss the value that ended it and read this one.
-        word.store(open, Ordering::Release);
-        #[cfg(busted = "announce_relaxed")]
-        // ORDERING[epoch-exit]: Relaxed. The mutant's: says nothing of the former section.
-        word.store(open, Ordering::Relaxed);
+        if crate::busted!("announce_relaxed") {
+            // ORDERING[epoch-exit]: Relaxed. The breakage: says nothing of the former section.
+            word.store(open, Ordering::Relaxed);
+        } else {
+            // ORDERING[epoch-exit]: Release. Pairs with the Acquire loads of waiters: one that
+            // waits for our former section may miss the value that ended it and read this one.
+            word.store(open, Ordering::Release);
+        }
         // ORDERING[epoch-dekker]: SeqCst fence. Pairs with the fence in `EpochDomain::drain` and
         // `Grace::start`: either they see our odd word, or we see what they published.
         fence(Ordering::SeqCst);

@@ -227,10 +227,8 @@ impl<P: PhysMap> TablePool<P> {
             return;
         }
         let lock = self.lock.lock();
-        #[cfg(not(busted = "retire_without_grace"))]
-        self.waiting.append(&self.map, frames, &lock);
-        #[cfg(busted = "retire_without_grace")]
-        self.free.append(&self.map, frames, &lock);
+        let list = if crate::busted!("retire_without_grace") { &self.free } else { &self.waiting };
+        list.append(&self.map, frames, &lock);
         self.advance(&lock);
     }
 
@@ -248,6 +246,9 @@ impl<P: PhysMap> TablePool<P> {
         // Twice: a period that just ended lets the next one begin, and with no section open that
         // one is over at once.
         for _ in 0..2 {
+            if crate::busted!("retire_joins_a_grace") && self.grace.is_running(lock) {
+                self.covered.append(&self.map, self.waiting.take(lock), lock);
+            }
             // INVARIANT[I13]: a frame is free when everybody pinned at its retirement has left.
             if self.grace.elapsed(&self.domain, lock) {
                 let covered = self.covered.take(lock);

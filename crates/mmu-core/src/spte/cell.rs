@@ -49,26 +49,23 @@ impl SpteCell {
     /// What the cell holds instead; nothing was written (KVM row 3.9).
     #[inline]
     pub fn try_change(&self, old: Spte, new: Spte) -> Result<(), Spte> {
-        #[cfg(not(busted = "store_instead_of_cmpxchg"))]
-        // ORDERING[scan]: what a scan saw with `peek` is compared and committed here.
-        // ORDERING[publish-table]: AcqRel. Release pairs with the Acquire in `load`: a child table
-        // is initialised before it is linked. Acquire: the lost value may be a link to follow.
-        return self
-            .0
-            .compare_exchange(old.raw(), new.raw(), Ordering::AcqRel, Ordering::Acquire)
-            .map(|_| ())
-            .map_err(Spte::from_raw);
-        #[cfg(busted = "store_instead_of_cmpxchg")]
-        {
-            // ORDERING[publish-table]: Acquire. The mutant's read.
+        if crate::busted!("store_instead_of_cmpxchg") {
+            // ORDERING[publish-table]: Acquire. The breakage's read.
             let now = self.0.load(Ordering::Acquire);
             if now != old.raw() {
                 return Err(Spte::from_raw(now));
             }
-            // ORDERING[publish-table]: Release. The mutant's store: loses what came in between.
+            // ORDERING[publish-table]: Release. The breakage's store: loses what came in between.
             self.0.store(new.raw(), Ordering::Release);
-            Ok(())
+            return Ok(());
         }
+        // ORDERING[scan]: what a scan saw with `peek` is compared and committed here.
+        // ORDERING[publish-table]: AcqRel. Release pairs with the Acquire in `load`: a child table
+        // is initialised before it is linked. Acquire: the lost value may be a link to follow.
+        self.0
+            .compare_exchange(old.raw(), new.raw(), Ordering::AcqRel, Ordering::Acquire)
+            .map(|_| ())
+            .map_err(Spte::from_raw)
     }
 
     /// Put `new` in, whatever is there; the caller accounts for the value returned.
