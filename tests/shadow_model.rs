@@ -396,14 +396,11 @@ impl World {
                 let mut core = self.core.lock().unwrap();
                 core.cpu.access(self.mmu.vm().host(), gva(number), access)
             };
-            match reached {
-                Ok(pa) => {
-                    self.was_accessed(pa >> 12, kind);
-                    let (write, exec) = (kind == AccessKind::Write, kind == AccessKind::Fetch);
-                    return self.judge(number, &Meaning { gfn: pa >> 12, write, user, exec });
-                }
-                // What the fault was the guest's walk decides.
-                Err(_) => {}
+            // What a fault was the guest's walk decides.
+            if let Ok(pa) = reached {
+                self.was_accessed(pa >> 12, kind);
+                let (write, exec) = (kind == AccessKind::Write, kind == AccessKind::Fetch);
+                return self.judge(number, &Meaning { gfn: pa >> 12, write, user, exec });
             }
             let root = GuestRoot::Cr3(self.root << 12);
             let walk = self.guest.walk(&self.memory, &root, Gva::new(gva(number)), request);

@@ -140,7 +140,7 @@ fn age<F: SpteFormat>(
     mode: AgeMode,
     sink: &mut impl AgeSink,
 ) -> u64 {
-    let request = AgeRequest { range: range(BASE, BASE + 2 * M2), mode, budget: u64::MAX };
+    let request = AgeRequest::new(range(BASE, BASE + 2 * M2), mode);
     mmu.age(actor, request, sink).young
 }
 

@@ -191,6 +191,8 @@ impl Drop for FlushDebt {
 
 #[cfg(test)]
 mod tests {
+    use std::format;
+
     use super::*;
     use crate::addr::Gfn;
 

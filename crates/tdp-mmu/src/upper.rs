@@ -112,7 +112,7 @@ impl<F: SpteFormat, H: Host> Change<'_, F, H> {
     /// A leaf at `level` for `gfn` was put in that says of itself that it was accessed: so were the
     /// links above it.
     pub(crate) fn touch(&self, root: FoundRoot, gfn: Gfn, level: Level) {
-        if cfg!(not(busted = "collapse_hides_accesses")) {
+        if !mmu_core::busted!("collapse_hides_accesses") {
             self.above(root, gfn, level, |change, cell, gfn, level| {
                 change.use_table(cell, gfn, level);
             });
