@@ -570,6 +570,7 @@ impl World {
         if self.looks % 16 != 0 {
             return;
         }
+        // INVARIANT[I15], INVARIANT[I16], INVARIANT[I17], INVARIANT[I18]: the writer's own books.
         let (lock, actor) = (&self.lock, &mut self.notifier);
         let flaw = lock.with(|writer| writer.check(actor)).err();
         if let Some(flaw) = flaw {

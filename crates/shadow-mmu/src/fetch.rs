@@ -442,6 +442,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         if !target.page.writable {
             access = access.difference(Access::WRITE);
         }
+        // INVARIANT[I20]: what the guest's entries permit together, less what the host does not.
         let leaf = self.leaf_for(target, level, access, may_write);
         let old = cell.load();
         if old.is_leaf(level) && self.config().pfn(old) == self.config().pfn(leaf) {
