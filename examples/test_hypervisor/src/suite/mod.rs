@@ -12,6 +12,7 @@ mod huge;
 mod mmio;
 mod modes;
 mod platform;
+mod shadow_exits;
 mod sizes;
 mod tracking;
 mod workload;
@@ -29,6 +30,7 @@ pub const fn all<V: Virt>() -> &'static [Suite<V>] {
     &[
         ("platform", platform::run),
         ("modes", modes::run),
+        ("shadow-exits", shadow_exits::run),
         ("faults", faults::run),
         ("accessed-dirty", accessed_dirty::run),
         ("flush", flush::run),
