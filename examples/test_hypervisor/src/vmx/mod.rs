@@ -2,8 +2,9 @@
 //!
 //! Owns [`Vmx`]. `abilities` and `wanted` say what the CPU can and the program wants, `instr` and
 //! `enter` hold the instructions, `region` the pages that the processor is given, `vmcs` and
-//! `guest` (with `pdpte`) the two halves of a VMCS, `ept` the pointer and the flushes, `exit` the decoding,
-//! `vcpu` all of it together, and `hearing` makes up for a machine's deviation. No locks: everything belongs to one CPU.
+//! `guest` (with `pdpte`) the two halves of a VMCS, `ept` the pointer and the flushes, `exit` the
+//! decoding, `vcpu` all of it together, and `hearing` makes up for a machine's deviation. No
+//! locks: everything belongs to one CPU.
 
 mod abilities;
 mod enter;
