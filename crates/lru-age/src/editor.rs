@@ -106,6 +106,7 @@ impl<'t> AgeEditor<'t> {
                 self.pages(region, block, &present, &present, &present, rules, &mut counts);
             }
         }
+        self.table.hear(counts.young);
         counts
     }
 
@@ -138,7 +139,8 @@ impl<'t> AgeEditor<'t> {
 
     /// The pages of `range` that are in generation `seq` go to the next one: old enough to leave,
     /// and kept for another reason (KVM row 5.31). A block of a huge leaf moves as a whole. Returns
-    /// how many moved: none from a generation that does not exist or is the youngest.
+    /// how many moved: none from a generation that does not exist or is the youngest. For a
+    /// [`WorkingSet`](crate::WorkingSet) of more than one interval they count as used.
     pub fn protect(&mut self, range: GfnRange, seq: Seq) -> u64 {
         if !self.window.contains(seq) || seq == self.window.max_seq() {
             return 0;
@@ -171,7 +173,8 @@ impl<'t> AgeEditor<'t> {
             Promotion::SecondChance => 0,
             Promotion::Immediate => u64::MAX,
         };
-        Rules { youngest: self.window.label(self.window.max_seq()), immediate }
+        let [youngest, previous, ..] = self.by_age;
+        Rules { youngest, previous, immediate }
     }
 
     /// What an MMU said about the `looked` pages of a block that 4 KiB leaves map.
@@ -223,11 +226,16 @@ impl<'t> AgeEditor<'t> {
         counts.added += BLOCK_PAGES - known;
         counts.added_idle += if young { 0 } else { BLOCK_PAGES - known };
         let mut label = if known == 0 { rules.youngest } else { self.youngest_of(old) };
+        if !young && !old.is_huge() && known != 0 {
+            counts.merged += known - old.count(label);
+        }
         let mut referenced = old.referenced() || any_referenced(old, pages);
         if young && known != 0 {
             if referenced || rules.immediate != 0 {
-                let promoted = known - old.count(rules.youngest);
-                counts.promoted += if label == rules.youngest { 0 } else { promoted };
+                if label != rules.youngest {
+                    counts.promoted += known;
+                    counts.again += old.count(rules.previous);
+                }
                 label = rules.youngest;
             } else {
                 counts.second_chance += known;
@@ -374,6 +382,7 @@ fn observe_pages(
             counts.added += u64::from(fresh);
             counts.added_idle += u64::from((seen.fresh & !young).count_ones());
             counts.promoted += u64::from(promoted);
+            counts.again += u64::from(seen.again.count_ones());
             counts.unmapped_now += u64::from(seen.gone.count_ones());
         }
     }

@@ -101,6 +101,7 @@ impl AgeEditor<'_> {
         let mut found = Found::default();
         let victim = self.take_in(candidate.range, mmu, reader, options, &mut found);
         let nothing = GfnRange::new(candidate.range.start, candidate.range.start);
+        self.table().hear(found.counts.young);
         let verdict = match victim {
             AgeReport { young: 0, lost: 0, mapped: 0, .. } => Recheck::Unmapped,
             AgeReport { young: 0, lost: 0, .. } => Recheck::Cold,
@@ -117,6 +118,7 @@ impl AgeEditor<'_> {
         let bounds = self.table().region_at(gfn).map_or(candidate.range, |r| r.range());
         let window = window_around(gfn, bounds);
         let around = self.take_in(window, mmu, reader, options, &mut found);
+        self.table().hear(around.young);
         // The candidate itself is old by now, and was young.
         if is_dense(around.young + victim.young, window.len()) {
             self.table().note(gfn);
@@ -136,8 +138,8 @@ impl AgeEditor<'_> {
         let mut total = AgeReport::empty(range.start);
         let table = self.table();
         let Some(region) = table.region_at(range.start) else { return total };
-        let next_filter = table.window().max_seq();
-        let how = Taking { promotion: options.promotion, gaps: Gaps::Unknown, next_filter };
+        let (promotion, gaps) = (options.promotion, Gaps::Unknown);
+        let how = Taking { promotion, gaps, next_filter: None };
         for _ in 0..MAX_CALLS {
             let rest = GfnRange::new(total.next, range.end);
             if rest.is_empty() {

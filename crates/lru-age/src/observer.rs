@@ -38,7 +38,9 @@ impl Found {
             mapped: self.counts.mapped,
             young: self.counts.young,
             marked: self.counts.second_chance,
-            added_idle: self.counts.added_idle,
+            idle: self.counts.added_idle + self.counts.merged,
+            again: self.counts.again,
+            returned: self.counts.promoted - self.counts.again,
             lost: self.counts.lost,
             unknown: if complete { self.figures.unknown } else { tracked },
             passes: 1,
@@ -52,8 +54,8 @@ impl Found {
 pub(crate) struct Taking {
     pub(crate) promotion: Promotion,
     pub(crate) gaps: Gaps,
-    /// The generation whose filter gets to know of dense tables.
-    pub(crate) next_filter: Seq,
+    /// The generation whose filter gets to know of dense tables; `None` for a part of a table.
+    pub(crate) next_filter: Option<Seq>,
 }
 
 /// Takes in the answers of one slice.
@@ -95,12 +97,12 @@ impl<'a, 't> Observer<'a, 't> {
     #[inline]
     fn rate(&mut self, part: GfnRange, young: &[u64; MASK_WORDS]) {
         let table = self.editor.table();
-        let Some(filters) = table.filters() else { return };
+        let Some((filters, next)) = table.filters().zip(self.how.next_filter) else { return };
         let seq = table.window().max_seq();
         self.found.figures.found += u64::from(filters.contains(seq, part.start));
         let used = young.iter().map(|word| u64::from(word.count_ones())).sum();
         if is_dense(used, part.len()) {
-            filters.add(self.how.next_filter, part.start);
+            filters.add(next, part.start);
             self.found.figures.dense += 1;
         }
     }

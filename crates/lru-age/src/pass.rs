@@ -96,12 +96,16 @@ pub struct PassCounts {
     pub young: u64,
     /// Moved to the youngest generation from an older one.
     pub promoted: u64,
+    /// Of these, from the generation before: used in two intervals in a row.
+    pub again: u64,
     /// Used, and only marked referenced: the next access promotes them.
     pub second_chance: u64,
     /// New: tracked from now on, in the youngest generation.
     pub added: u64,
     /// Of these, not used yet: prefetched, or their accessed bit was cleared meanwhile.
     pub added_idle: u64,
+    /// Not used, and as young as the youngest page of their block since a huge leaf maps it.
+    pub merged: u64,
     /// No longer mapped: dropped out of the counts.
     pub unmapped_now: u64,
     /// Table entries that the MMU read: what the pass cost.
@@ -171,7 +175,7 @@ impl PausedPass {
     /// How its answers are taken in: dense tables are for the next pass.
     const fn taking(&self) -> Taking {
         let PassOptions { promotion, gaps, .. } = self.options;
-        Taking { promotion, gaps, next_filter: self.seq.next() }
+        Taking { promotion, gaps, next_filter: Some(self.seq.next()) }
     }
 
     /// Go on with the pass. Ranges added behind its position wait for the next pass.
@@ -372,7 +376,9 @@ impl<'t> AgePass<'t> {
         let complete = self.progress().next.is_none();
         let PausedPass { found, seq, .. } = self.state;
         let table = self.editor.table();
-        table.set_figures(seq.generation(), found.of_pass(complete, table.tracked_pages()));
+        let figures = found.of_pass(complete, table.tracked_pages());
+        let heard = table.take_heard();
+        table.set_figures(seq.generation(), Figures { heard, ..figures });
         // `start` refused a table whose numbers are exhausted, and only this pass moves the window.
         let folded = self.editor.open_generation(now_ms).unwrap_or(0);
         let window = table.window();

@@ -2,32 +2,12 @@
 
 use lru_age::{
     AgeError, AgePass, AgeTable, Gaps, GenWindow, Histogram, MAX_NR_GENS, MIN_NR_GENS, PassOptions,
-    PassReport, Promotion, Recheck, Seq, candidates, cold_blocks,
+    Promotion, Recheck, Seq, candidates, cold_blocks,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::traits::AgeMode;
 
-use crate::fake::{BLOCK, FakeMmu, range};
-
-/// A table over all of `mmu`.
-fn table_over(mmu: &FakeMmu) -> AgeTable {
-    let mut table = AgeTable::new(0);
-    table.add_range(range(0..mmu.pages())).unwrap();
-    table
-}
-
-/// One whole pass.
-fn pass_with(table: &AgeTable, mmu: &FakeMmu, options: PassOptions) -> PassReport {
-    let mut pass = AgePass::start_with(table, options).unwrap();
-    while pass.step(mmu, &mut (), 4096).next.is_some() {}
-    let report = pass.finish(0);
-    table.check().unwrap();
-    report
-}
-
-fn pass(table: &AgeTable, mmu: &FakeMmu) -> PassReport {
-    pass_with(table, mmu, PassOptions::new(AgeMode::Clear))
-}
+use crate::fake::{BLOCK, FakeMmu, pass, pass_with, range, table_over};
 
 fn passes(count: u64, table: &AgeTable, mmu: &FakeMmu) {
     for _ in 0..count {

@@ -2,6 +2,7 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use lru_age::{AgePass, AgeTable, PassOptions, PassReport};
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
 use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS};
 
@@ -259,4 +260,24 @@ impl Rng {
 /// `[start, end)`.
 pub(crate) fn range(pages: core::ops::Range<u64>) -> GfnRange {
     GfnRange::new(Gfn::new(pages.start), Gfn::new(pages.end))
+}
+
+/// A table over all of `mmu`.
+pub(crate) fn table_over(mmu: &FakeMmu) -> AgeTable {
+    let mut table = AgeTable::new(0);
+    table.add_range(range(0..mmu.pages())).unwrap();
+    table
+}
+
+/// One whole pass.
+pub(crate) fn pass_with(table: &AgeTable, mmu: &FakeMmu, options: PassOptions) -> PassReport {
+    let mut pass = AgePass::start_with(table, options).unwrap();
+    while pass.step(mmu, &mut (), 4096).next.is_some() {}
+    let report = pass.finish(0);
+    table.check().unwrap();
+    report
+}
+
+pub(crate) fn pass(table: &AgeTable, mmu: &FakeMmu) -> PassReport {
+    pass_with(table, mmu, PassOptions::new(AgeMode::Clear))
 }

@@ -47,6 +47,7 @@ impl Model {
         let page = self.pages.get_mut(&gfn).unwrap();
         if page.referenced || promotion == Promotion::Immediate {
             counts.promoted += u64::from(page.seq != max);
+            counts.again += u64::from(page.seq + 1 == max);
             page.seq = max;
         } else {
             counts.second_chance += 1;
@@ -140,10 +141,17 @@ impl Model {
         counts.added += BLOCK - pages;
         counts.added_idle += if leaf.young { 0 } else { BLOCK - pages };
         let mut seq = known.iter().map(|page| page.seq).max().unwrap_or(self.max);
+        if !leaf.young && known.first().is_some_and(|page| page.level == Level::L1) {
+            counts.merged += to_u64(known.iter().filter(|page| page.seq != seq).count());
+        }
         let was_referenced = known.iter().any(|page| page.referenced);
         if leaf.young && pages != 0 {
             if was_referenced || promotion == Promotion::Immediate {
-                counts.promoted += if seq == self.max { 0 } else { pages };
+                if seq != self.max {
+                    counts.promoted += pages;
+                    let last = known.iter().filter(|page| page.seq + 1 == self.max);
+                    counts.again += to_u64(last.count());
+                }
                 seq = self.max;
             } else {
                 counts.second_chance += pages;
