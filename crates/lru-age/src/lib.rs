@@ -28,7 +28,7 @@
 //!
 //! use lru_age::{AgePass, AgeTable, Histogram, Recheck, candidates};
 //! use mmu_core::addr::{Gfn, GfnRange};
-//! use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink};
+//! use mmu_core::traits::{AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink};
 //!
 //! /// 512 mapped pages; one accessed bit each.
 //! struct VecMmu {
@@ -54,6 +54,14 @@
 //!         }
 //!         sink.table(Gfn::new(0), &present, &young);
 //!         report
+//!     }
+//!
+//!     fn abilities(&self) -> AgeAbilities {
+//!         AgeAbilities::FAST
+//!     }
+//!
+//!     fn flush_aged(&self, _: &mut (), _: GfnRange) {
+//!         // No cache, nothing to flush.
 //!     }
 //! }
 //!
@@ -133,12 +141,14 @@ pub use r#gen::{ACTIVE_GENS, GenWindow, Generation, MAX_NR_GENS, MIN_NR_GENS, Se
 pub use harvest::{Harvest, ScanPlan};
 pub use idle::IdleBitmap;
 pub use kind::{Kind, Tier};
-pub use lookaround::{LookAround, LookOptions, Reach, WINDOW_PAGES, is_dense, window_around};
+pub use lookaround::{
+    LookAround, LookOptions, Participation, WINDOW_PAGES, is_dense, window_around,
+};
 pub use pass::{
-    AgePass, Gaps, PassCounts, PassOptions, PassProgress, PassReport, PausedPass, Scan,
+    AgePass, PassCounts, PassOptions, PassProgress, PassReport, PausedPass, Scan, SlowMmu,
 };
 pub use policy::{EvictPolicy, POLICY_BATCH, PidPolicy, Plain, Swappiness};
-pub use reclaim::{EvictEnd, EvictOptions, EvictReport, Participation, Take, Unit};
+pub use reclaim::{EvictEnd, EvictOptions, EvictReport, Take, Unit};
 pub use refault::{Refault, RefaultCounts, Refaults};
 pub use runs::{Heard, Unheard};
 pub use sampler::{RegionSampler, SampledRegion, SamplerLimits};

@@ -12,7 +12,7 @@ use crate::figures::Figures;
 use crate::r#gen::Seq;
 use crate::harvest::{Harvest, Said};
 use crate::lookaround::is_dense;
-use crate::pass::{Gaps, PassCounts};
+use crate::pass::PassCounts;
 use crate::region::Region;
 use crate::word::{BLOCK_PAGES, FULL, Rules, is_empty, mask};
 
@@ -30,6 +30,7 @@ impl Found {
         self.counts.young += report.young;
         self.counts.entries += report.entries;
         self.counts.lost += report.lost;
+        self.counts.idle += report.idle;
     }
 
     /// The figures of a pass that ends now, with `tracked` pages known.
@@ -42,7 +43,7 @@ impl Found {
             again: self.counts.again,
             returned: self.counts.promoted - self.counts.again,
             lost: self.counts.lost,
-            unknown: if complete { self.figures.unknown } else { tracked },
+            unknown: if complete { self.counts.unknown } else { tracked },
             passes: 1,
             ..self.figures
         }
@@ -53,7 +54,6 @@ impl Found {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Taking {
     pub(crate) promotion: Promotion,
-    pub(crate) gaps: Gaps,
     /// The generation whose filter gets to know of dense tables; `None` for a part of a table.
     pub(crate) next_filter: Option<Seq>,
 }
@@ -86,7 +86,7 @@ impl<'a, 't> Observer<'a, 't> {
     /// Nothing was reported from the cursor up to `to`.
     #[inline]
     pub(crate) fn gap(&mut self, to: Gfn) {
-        if self.how.gaps == Gaps::Unmapped && self.cursor < to {
+        if self.cursor < to {
             let range = GfnRange::new(self.cursor, to).intersection(self.range);
             self.editor.unmapped(self.region, range, &mut self.found.counts);
         }
@@ -161,6 +161,11 @@ impl<'a, 't> Observer<'a, 't> {
         for (part, row) in harvest.rows() {
             match row.said {
                 Said::Nothing => {}
+                Said::Idle => self.idle(part),
+                Said::Mixed => {
+                    self.idle(part);
+                    self.again(part.start.align_down(Level::L2), &row.present, &row.young);
+                }
                 Said::Table => {
                     self.table(part.start.align_down(Level::L2), &row.present, &row.young);
                 }
@@ -189,6 +194,16 @@ impl AgeSink for Observer<'_, '_> {
         let counts = &mut self.found.counts;
         self.editor.pages(self.region, block, &looked, present, young, self.rules, counts);
         self.rate(part, young);
+    }
+
+    /// As old as they were: neither unmapped nor used.
+    fn idle(&mut self, range: GfnRange) {
+        self.gap(range.start);
+        self.cursor = self.cursor.max(range.end.min(self.range.end));
+    }
+
+    fn unknown(&mut self, range: GfnRange) {
+        self.idle(range);
     }
 
     fn huge(&mut self, base: Gfn, level: Level, young: bool) {

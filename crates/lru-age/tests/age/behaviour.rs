@@ -1,11 +1,11 @@
 //! The rules, one by one.
 
 use lru_age::{
-    AgeError, AgePass, AgeTable, Gaps, GenWindow, Histogram, MAX_NR_GENS, MIN_NR_GENS, PassOptions,
+    AgeError, AgePass, AgeTable, GenWindow, Histogram, MAX_NR_GENS, MIN_NR_GENS, PassOptions,
     Promotion, Recheck, Seq, candidates, cold_blocks,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level};
-use mmu_core::traits::AgeMode;
+use mmu_core::traits::{AgeMode, UpperBits};
 
 use crate::fake::{BLOCK, FakeMmu, pass, pass_with, range, table_over};
 
@@ -87,18 +87,21 @@ fn unmapped_pages_drop_out_and_return_as_new() {
 }
 
 #[test]
-fn silence_means_unmapped_or_nothing_as_the_pass_was_told() {
-    let mut mmu = FakeMmu::new(2);
+fn idle_tables_keep_their_pages_and_silence_means_unmapped() {
+    let mut mmu = FakeMmu::new(4);
     mmu.skip_idle = true;
     let table = table_over(&mmu);
     mmu.map(0..1024);
     (0..1024).for_each(|gfn| mmu.touch(gfn));
     let _ = pass(&table, &mmu);
     mmu.touch(3);
-    let options = PassOptions { gaps: Gaps::Unknown, ..PassOptions::new(AgeMode::Clear) };
-    let report = pass_with(&table, &mmu, options);
-    assert_eq!((report.counts.unmapped_now, table.tracked_pages()), (0, 1024));
-    mmu.touch(3);
+    let options = PassOptions { upper: UpperBits::Use, ..PassOptions::new(AgeMode::Clear) };
+    let counts = pass_with(&table, &mmu, options).counts;
+    assert_eq!((counts.unmapped_now, counts.idle, counts.mapped), (0, 3 * 512, 512));
+    assert_eq!(table.tracked_pages(), 1024);
+    // The second table is gone: told as idle, it is not missed; a pass that looks finds out.
+    mmu.unmap(512..1024);
+    assert_eq!(pass_with(&table, &mmu, options).counts.unmapped_now, 0);
     assert_eq!(pass(&table, &mmu).counts.unmapped_now, 512);
 }
 

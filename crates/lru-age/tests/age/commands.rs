@@ -6,7 +6,7 @@ use lru_age::{
     Refaults, Scan, Seq, Swappiness, Switches, Take, Tier, VmNode, VmView, parse, run, run_aging,
     run_eviction, write_lru_gen, write_lru_gen_full,
 };
-use mmu_core::addr::{Gfn, Level};
+use mmu_core::addr::{Gfn, Level, to_u64};
 use mmu_core::traits::AgeMode;
 
 use crate::fake::{BLOCK, FakeMmu, pass, pass_with, range, table_over};
@@ -93,7 +93,7 @@ fn a_parser_of_the_kernels_form_reads_it_back() {
         assert_eq!(row[0], seq.get());
         assert_eq!(row[2] + row[3], table.pages_in(seq));
     }
-    assert_eq!(rows.len() as u64, table.window().nr_gens());
+    assert_eq!(to_u64(rows.len()), table.window().nr_gens());
 }
 
 fn age(vm: u32, node: u32, seq: u64, swappiness: Option<u8>, scan: Scan) -> Command {

@@ -3,8 +3,8 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use lru_age::{
-    AgeTable, Candidate, EvictEnd, EvictOptions, EvictReport, Kind, LookOptions, Participation,
-    PassOptions, PidPolicy, Plain, Promotion, Reach, Refaults, Seq, Swappiness, Take, Tier, Unit,
+    AgeTable, Candidate, EvictEnd, EvictOptions, EvictReport, Kind, PassOptions, PidPolicy, Plain,
+    Refaults, Seq, Swappiness, Take, Tier, Unit,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
 use mmu_core::traits::AgeMode;
@@ -236,18 +236,6 @@ fn a_tier_that_refaults_is_protected() {
     table.check().unwrap();
 }
 
-/// Rows 5.17, 5.37: by what the MMU can do.
-#[test]
-fn how_an_mmu_takes_part_decides_how_far_checks_reach() {
-    let reach = |participation: Participation| {
-        participation.look(AgeMode::ClearFlush, Promotion::SecondChance)
-    };
-    let slow = reach(Participation::EvictionOnly);
-    assert_eq!((slow.reach, slow.mode), (Reach::Victim, AgeMode::ClearFlush));
-    let fast = reach(Participation::AgingAndLookAround);
-    assert_eq!(fast, LookOptions { mode: AgeMode::ClearFlush, ..LookOptions::DEFAULT });
-}
-
 /// A guest under a memory limit: a page that is not mapped is faulted in, the coldest go.
 struct Limited {
     mmu: FakeMmu,
@@ -327,7 +315,11 @@ impl Limited {
             gone.iter().for_each(|&gfn| self.mmu.unmap(gfn..gfn + 1));
         }
         let mut policy = PidPolicy::new(&self.refaults, Swappiness::DEFAULT);
-        while self.order == Order::Aged {
+        // Ends: every pass makes what nobody used a candidate.
+        loop {
+            if self.order == Order::FirstIn {
+                break;
+            }
             let (mmu, options) = (&self.mmu, EvictOptions::new(wanted - to_u64(gone.len())));
             let report =
                 self.table.edit().unwrap().evict(mmu, &mut (), &mut policy, &options, |victim| {

@@ -4,7 +4,9 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use lru_age::{AgePass, AgeTable, PassOptions, PassReport};
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS};
+use mmu_core::traits::{
+    AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS, UpperBits,
+};
 
 /// Pages of a block.
 pub(crate) const BLOCK: u64 = 512;
@@ -13,8 +15,15 @@ pub(crate) const BLOCK: u64 = 512;
 #[derive(Debug, Default)]
 pub(crate) struct FakeMmu {
     blocks: Vec<FakeBlock>,
-    /// Leave out tables in which nothing is young, as an MMU with non-leaf accessed bits would.
+    /// Leave out tables in which nothing is young when asked to, as an MMU with non-leaf accessed
+    /// bits would.
     pub(crate) skip_idle: bool,
+    /// Say that answers are slow.
+    pub(crate) slow: bool,
+    /// Calls of `age`.
+    pub(crate) calls: AtomicU64,
+    /// Flushes asked for.
+    pub(crate) flushes: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -37,7 +46,7 @@ pub(crate) struct Leaf {
 impl FakeMmu {
     pub(crate) fn new(blocks: u64) -> Self {
         let blocks = (0..blocks).map(|_| FakeBlock::default()).collect();
-        Self { blocks, skip_idle: false }
+        Self { blocks, ..Self::default() }
     }
 
     pub(crate) fn pages(&self) -> u64 {
@@ -54,7 +63,7 @@ impl FakeMmu {
             let all = to.present.iter().chain(&to.young).chain([&to.huge, &to.huge_young]);
             all.zip(words(from)).for_each(|(cell, word)| set(cell, word));
         }
-        Self { skip_idle: self.skip_idle, ..copy }
+        Self { skip_idle: self.skip_idle, slow: self.slow, ..copy }
     }
 
     pub(crate) fn leaf(&self, gfn: u64) -> Option<Leaf> {
@@ -140,13 +149,14 @@ impl AgeRange for FakeMmu {
     type Reader = ();
 
     fn age<S: AgeSink>(&self, _: &mut (), request: AgeRequest, sink: &mut S) -> AgeReport {
+        self.calls.fetch_add(1, Ordering::Relaxed);
         let mut report = AgeReport::empty(request.range.start);
         let end = request.range.end.min(Gfn::new(self.pages()));
         while report.next < end && (report.entries < request.budget || report.entries == 0) {
             let at = report.next.get();
             let block = self.block(at);
             match get(&block.huge) {
-                0 => self.age_table(at, end.get(), request.mode, sink, &mut report),
+                0 => self.age_table(at, end.get(), request, sink, &mut report),
                 huge => {
                     let level = if huge == 2 { Level::L2 } else { Level::L3 };
                     let base = Gfn::new(at).align_down(level);
@@ -170,6 +180,17 @@ impl AgeRange for FakeMmu {
         }
         report
     }
+
+    fn abilities(&self) -> AgeAbilities {
+        let mut abilities = AgeAbilities::HARDWARE_BITS;
+        abilities.set(AgeAbilities::UPPER_BITS, self.skip_idle);
+        abilities.set(AgeAbilities::FAST, !self.slow);
+        abilities
+    }
+
+    fn flush_aged(&self, _: &mut (), _: GfnRange) {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl FakeMmu {
@@ -177,7 +198,7 @@ impl FakeMmu {
         &self,
         from: u64,
         end: u64,
-        mode: AgeMode,
+        request: AgeRequest,
         sink: &mut S,
         report: &mut AgeReport,
     ) {
@@ -185,8 +206,11 @@ impl FakeMmu {
         let to = end.min(base + BLOCK);
         report.next = Gfn::new(to);
         let block = self.block(base);
-        if self.skip_idle && block.young.iter().all(|cell| get(cell) == 0) {
+        let skips = self.skip_idle && request.upper == UpperBits::Use;
+        if skips && block.young.iter().all(|cell| get(cell) == 0) {
             report.entries += 1;
+            report.idle += to - from;
+            sink.idle(range(from..to));
             return;
         }
         let (mut present, mut young) = ([0; MASK_WORDS], [0; MASK_WORDS]);
@@ -195,16 +219,15 @@ impl FakeMmu {
             let inside = below(to, first) & !below(from, first);
             present[i] = get(&block.present[i]) & inside;
             let seen = get(&block.young[i]) & inside;
-            if mode != AgeMode::Test && seen != 0 {
+            if request.mode != AgeMode::Test && seen != 0 {
                 block.young[i].fetch_and(!seen, Ordering::Relaxed);
             }
             young[i] = seen & present[i];
             report.mapped += u64::from(present[i].count_ones());
             report.young += u64::from(young[i].count_ones());
         }
-        // A table with nothing in it is reported in every second block and left out in the others;
-        // an MMU whose silence means "idle" must report it.
-        if !self.skip_idle && present == [0; MASK_WORDS] && (base / BLOCK) % 2 == 1 {
+        // A table with nothing in it is reported in every second block and left out in the others.
+        if present == [0; MASK_WORDS] && (base / BLOCK) % 2 == 1 {
             report.entries += 1;
             return;
         }

@@ -3,8 +3,8 @@
 use core::num::NonZeroU64;
 
 use lru_age::{
-    AgeTable, LookOptions, PassOptions, PassReport, Promotion, Reach, Recheck, Scan, WINDOW_PAGES,
-    WorkingSet, candidates,
+    AgeTable, EvictOptions, LookOptions, Participation, PassOptions, PassReport, Plain, Promotion,
+    Recheck, Scan, SlowMmu, Take, WINDOW_PAGES, WorkingSet, candidates,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::traits::AgeMode;
@@ -178,7 +178,7 @@ fn a_dense_look_around_feeds_the_next_filtered_pass() {
 
 #[test]
 fn only_a_used_single_page_within_reach_is_looked_around() {
-    let mmu = FakeMmu::new(3);
+    let mut mmu = FakeMmu::new(3);
     let table = table_over(&mmu);
     mmu.map_huge(2 * BLOCK, Level::L2);
     old_pages(&mmu, &table);
@@ -186,28 +186,29 @@ fn only_a_used_single_page_within_reach_is_looked_around() {
     for _ in 0..3 {
         let _ = pass(&table, &mmu);
     }
-    let look = |gfn, reach| {
+    let look = |mmu: &FakeMmu, gfn| {
         let victim = candidates(&table).find(|found| found.range.contains(Gfn::new(gfn))).unwrap();
-        let options = LookOptions { reach, ..LookOptions::DEFAULT };
-        table.edit().unwrap().look_around(&victim, &mmu, &mut (), options)
+        table.edit().unwrap().look_around(&victim, mmu, &mut (), LookOptions::DEFAULT)
     };
     // Cold: the neighbour's use stays for the next pass to see.
     mmu.touch(9);
-    let cold = look(10, Reach::Window);
+    let cold = look(&mmu, 10);
     assert_eq!((cold.verdict, cold.window.len(), cold.counts.promoted), (Recheck::Cold, 0, 0));
     assert!(mmu.leaf(9).unwrap().young);
     // Used, but the MMU answers slowly.
     mmu.touch(10);
-    let alone = look(10, Reach::Victim);
+    mmu.slow = true;
+    let alone = look(&mmu, 10);
     assert_eq!((alone.verdict, alone.window.len()), (Recheck::Young, 0));
     assert!(mmu.leaf(9).unwrap().young);
+    mmu.slow = false;
     // A huge leaf has no neighbours in its table.
     mmu.touch(2 * BLOCK + 9);
-    let huge = look(2 * BLOCK, Reach::Window);
+    let huge = look(&mmu, 2 * BLOCK);
     assert_eq!((huge.verdict, huge.window.len()), (Recheck::Young, 0));
     // Gone meanwhile.
     mmu.unmap(20..21);
-    let gone = look(20, Reach::Window);
+    let gone = look(&mmu, 20);
     assert_eq!((gone.verdict, gone.counts.unmapped_now), (Recheck::Unmapped, 1));
     assert_eq!(table.page_age(Gfn::new(20)), None);
     table.check().unwrap();
@@ -243,4 +244,65 @@ fn ranges_are_looked_at_to_their_borders_only() {
     assert_eq!(look.window, range(100..120));
     assert_eq!(look.counts.promoted, 20);
     assert!(mmu.leaf(99).unwrap().young && mmu.leaf(120).unwrap().young);
+}
+
+/// Rows 5.17, 5.37: what an MMU can do decides how it is asked, at run time, and is reported.
+#[test]
+fn a_slow_mmu_is_asked_only_before_its_pages_go() {
+    let mut mmu = FakeMmu::new(2);
+    let table = table_over(&mmu);
+    old_pages(&mmu, &table);
+    assert_eq!(Participation::of(&mmu), Participation::AgingAndLookAround);
+    mmu.slow = true;
+    assert_eq!(Participation::of(&mmu), Participation::EvictionOnly);
+    (0..2 * BLOCK).for_each(|gfn| mmu.touch(gfn));
+    let calls = mmu.calls.load(core::sync::atomic::Ordering::Relaxed);
+    let report = pass(&table, &mmu);
+    assert_eq!(mmu.calls.load(core::sync::atomic::Ordering::Relaxed), calls, "left alone");
+    assert!(report.complete);
+    assert_eq!((report.counts.young, report.counts.unknown), (0, 2 * BLOCK));
+    let set = WorkingSet::of(&table, 1).unwrap();
+    assert_eq!((set.low, set.high), (0, 2 * BLOCK), "nothing is known");
+    // Before a page goes, it is asked about that page.
+    let report = table.edit().unwrap().evict(
+        &mmu,
+        &mut (),
+        &mut Plain::default(),
+        &EvictOptions { checks: 5, ..EvictOptions::new(100) },
+        |_| Take::Evicted,
+    );
+    assert_eq!(report.participation, Participation::EvictionOnly);
+    assert_eq!((report.young, report.evicted), (5, 0), "they were used, and stay");
+    assert!(mmu.leaf(5).unwrap().young, "the neighbours were not asked");
+    // Unless the pass is told to ask.
+    let options = PassOptions { slow: SlowMmu::Ask, ..PassOptions::new(AgeMode::Clear) };
+    assert_eq!(pass_with(&table, &mmu, options).counts.young, 2 * BLOCK - 5);
+}
+
+#[test]
+fn a_pass_that_clears_upper_bits_flushes_once_per_range() {
+    let mmu = FakeMmu::new(2);
+    let mut table = AgeTable::new(0);
+    table.add_range(range(0..BLOCK)).unwrap();
+    table.add_range(range(BLOCK..2 * BLOCK)).unwrap();
+    let mut pass = lru_age::AgePass::start(&table, AgeMode::Clear).unwrap();
+    while pass.step(&mmu, &mut (), 100).next.is_some() {}
+    pass.flush(&mmu, &mut ());
+    let _ = pass.finish(0);
+    assert_eq!(mmu.flushes.load(core::sync::atomic::Ordering::Relaxed), 2);
+}
+
+/// With a full pass every n, upper bits are not asked either.
+#[test]
+fn a_full_pass_every_n_looks_below_idle_entries_too() {
+    let mut mmu = FakeMmu::new(4);
+    mmu.skip_idle = true;
+    let table = table_over(&mmu);
+    mmu.map(0..4 * BLOCK);
+    let scan = Scan::FullEvery(NonZeroU64::new(3).unwrap());
+    let upper = mmu_core::traits::UpperBits::Use;
+    let options = PassOptions { scan, upper, ..PassOptions::new(AgeMode::Clear) };
+    let looked: Vec<u64> =
+        (0..6).map(|_| pass_with(&table, &mmu, options).counts.mapped / BLOCK).collect();
+    assert_eq!(looked, [4, 0, 0, 4, 0, 0], "generations 3 and 6 look at everything");
 }

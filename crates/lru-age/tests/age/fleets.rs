@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 
 use lru_age::{AgeError, AgePass, AgeTable, Fleet, Outcome};
+use mmu_core::addr::to_u64;
 use mmu_core::traits::AgeMode;
 
 use crate::fake::{BLOCK, FakeMmu, Rng, table_over};
@@ -99,7 +100,7 @@ fn vms_may_leave_and_come_at_any_moment() {
                 },
                 1 if !there.is_empty() => {
                     let all: Vec<u64> = there.keys().copied().collect();
-                    let gone = all[usize::try_from(rng.below(all.len() as u64)).unwrap()];
+                    let gone = all[usize::try_from(rng.below(to_u64(all.len()))).unwrap()];
                     fleet.remove(there.remove(&gone).unwrap());
                 }
                 2 | 3 => {
@@ -125,7 +126,7 @@ fn vms_may_leave_and_come_at_any_moment() {
                 }
             }
             running.retain(|turn| there.contains_key(&turn.key));
-            assert_eq!(fleet.len(), there.len() as u64);
+            assert_eq!(fleet.len(), to_u64(there.len()));
         }
     }
 }

@@ -4,14 +4,17 @@
 use std::sync::mpsc;
 
 use lru_age::{
-    AgePass, AgeTable, Harvest, Histogram, PassCounts, PassReport, ScanPlan, candidates,
+    AgePass, AgeTable, Harvest, Histogram, PassCounts, PassOptions, PassReport, ScanPlan,
+    candidates,
 };
-use mmu_core::addr::{Gfn, GfnRange, Level, to_index};
-use mmu_core::traits::AgeMode;
+use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
+use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, UpperBits};
 
 use crate::fake::{BLOCK, FakeMmu, Rng, range};
 
 const BLOCKS: u64 = 40;
+const OPTIONS: PassOptions =
+    PassOptions { upper: UpperBits::Use, ..PassOptions::new(AgeMode::Clear) };
 
 fn table() -> AgeTable {
     let mut table = AgeTable::new(0);
@@ -29,18 +32,18 @@ fn dump(table: &AgeTable) -> impl PartialEq + core::fmt::Debug {
 
 /// One pass in parts of `size` blocks, absorbed in an order that `rng` decides.
 fn in_parts(table: &AgeTable, mmu: &FakeMmu, size: u64, rng: &mut Rng) -> PassReport {
-    let mut pass = AgePass::start(table, AgeMode::Clear).unwrap();
-    let plan = ScanPlan::new(table, size);
+    let mut pass = AgePass::start_with(table, OPTIONS).unwrap();
+    let (plan, request) = (ScanPlan::new(table, size), pass.request());
     let mut harvests = Vec::new();
     while let Some(part) = plan.claim() {
         let mut harvest = Harvest::new(size).unwrap();
-        assert_eq!(harvest.collect(mmu, &mut (), part, AgeMode::Clear), part);
+        assert_eq!(harvest.collect(mmu, &mut (), request.for_range(part)), part);
         harvests.push(harvest);
     }
     assert_eq!(plan.claim(), None);
     while !harvests.is_empty() {
         assert!(pass.progress().next.is_some(), "not complete before the last part");
-        let at = to_index(rng.below(harvests.len() as u64));
+        let at = to_index(rng.below(to_u64(harvests.len())));
         pass.absorb(&harvests.swap_remove(at));
     }
     assert_eq!((pass.progress().next, pass.progress().percent), (None, 100));
@@ -52,7 +55,8 @@ fn parts_in_any_order_give_what_one_walk_gives() {
     for seed in 0..12 {
         println!("seed {seed}");
         let mut rng = Rng(seed);
-        let once = FakeMmu::new(BLOCKS);
+        let mut once = FakeMmu::new(BLOCKS);
+        once.skip_idle = seed % 2 == 1;
         let tables = [(); 4].map(|()| table());
         for _ in 0..8 {
             for _ in 0..8 {
@@ -69,7 +73,7 @@ fn parts_in_any_order_give_what_one_walk_gives() {
             for (table, size) in tables.iter().zip([0, 1, 3, 64]) {
                 let mmu = once.copy();
                 reports.push(if size == 0 {
-                    let mut pass = AgePass::start(table, AgeMode::Clear).unwrap();
+                    let mut pass = AgePass::start_with(table, OPTIONS).unwrap();
                     while pass.step(&mmu, &mut (), 5000).next.is_some() {}
                     pass.finish(0)
                 } else {
@@ -86,13 +90,8 @@ fn parts_in_any_order_give_what_one_walk_gives() {
                 assert_eq!((counts(report), report.window), (others, reports[0].window));
                 assert!(state == &states[0]);
             }
-            let all = mmu_core::traits::AgeRequest {
-                range: range(rng.pages(BLOCKS * BLOCK)),
-                mode: AgeMode::Clear,
-                budget: u64::MAX,
-            };
-            let mut sink = mmu_core::traits::CountOnly;
-            let _ = mmu_core::traits::AgeRange::age(&once, &mut (), all, &mut sink);
+            let some = range(rng.pages(BLOCKS * BLOCK));
+            let _ = once.ask(&mut (), AgeRequest::new(some, AgeMode::Clear));
         }
     }
 }
@@ -108,17 +107,17 @@ fn threads_share_a_pass_and_every_access_is_counted_once() {
         touched.iter().for_each(|&gfn| mmu.touch(gfn));
         let young =
             touched.iter().filter(|&&gfn| table.ranges().any(|r| r.contains(Gfn::new(gfn))));
-        let young = young.count() as u64;
+        let young = to_u64(young.count());
         let plan = ScanPlan::new(&table, 2);
         let mut pass = AgePass::start(&table, AgeMode::Clear).unwrap();
         std::thread::scope(|scope| {
             let (send, receive) = mpsc::sync_channel(4);
             for _ in 0..3 {
-                let (send, plan, mmu) = (send.clone(), &plan, &mmu);
+                let (send, plan, mmu, request) = (send.clone(), &plan, &mmu, pass.request());
                 scope.spawn(move || {
                     while let Some(part) = plan.claim() {
                         let mut harvest = Harvest::new(2).unwrap();
-                        harvest.collect(mmu, &mut (), part, AgeMode::Clear);
+                        harvest.collect(mmu, &mut (), request.for_range(part));
                         send.send(harvest).unwrap();
                     }
                 });
@@ -152,12 +151,12 @@ fn a_harvest_takes_what_it_has_room_for_and_strangers_are_ignored() {
     mmu.map(0..BLOCKS * BLOCK);
     let table = table();
     let mut harvest = Harvest::new(2).unwrap();
-    let taken = harvest.collect(&mmu, &mut (), range(10..3000), AgeMode::Clear);
+    let taken = harvest.collect(&mmu, &mut (), AgeRequest::new(range(10..3000), AgeMode::Clear));
     assert_eq!((taken, harvest.range()), (range(10..1024), range(10..1024)));
     assert_eq!(harvest.report().mapped, 1014);
     let mut pass = AgePass::start(&table, AgeMode::Clear).unwrap();
     pass.absorb(&harvest);
-    let _ = harvest.collect(&mmu, &mut (), range(9000..9200), AgeMode::Clear);
+    let _ = harvest.collect(&mmu, &mut (), AgeRequest::new(range(9000..9200), AgeMode::Clear));
     pass.absorb(&harvest);
     let report = pass.finish(0);
     assert_eq!((report.complete, table.tracked_pages()), (false, 1014));

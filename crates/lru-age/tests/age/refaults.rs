@@ -1,7 +1,7 @@
 //! Refault distance (KVM row 5.38) against a model that forgets nothing.
 
+use core::sync::atomic::{AtomicU64, Ordering};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use lru_age::{Kind, Refault, Refaults, Seq, Tier};
 use mmu_core::addr::Gfn;
