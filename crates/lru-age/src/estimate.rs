@@ -1,8 +1,8 @@
 //! [`WorkingSet`]: how many pages a VM uses, and how wrong that may be (KVM row 8.3).
 //!
 //! [`WorkingSet::of`] reads what passes counted: no cost, as exact as the passes were.
-//! [`SampledWorkingSet`] looks at some blocks only: its cost is bounded however large the VM is, its
-//! error is statistical. Both give an interval, in integers.
+//! [`SampledWorkingSet`] looks at some blocks only: its cost is bounded however large the VM is,
+//! its error is statistical. Both give an interval, in integers.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;

@@ -2,9 +2,9 @@
 //!
 //! Three generations of eight bins of VMs. Turns are taken from the oldest generation, from a bin
 //! chosen at random on; who has done its share goes to the youngest, who has not waits behind all
-//! that are left of this one. A generation is over when its bins are empty, so nobody starts a second round while
-//! another waits for its first; the random start keeps several threads, each with its own fleet of
-//! the same VMs, from meeting at the same one.
+//! that are left of this one. A generation is over when its bins are empty, so nobody starts a
+//! second round while another waits for its first; the random start keeps several threads, each
+//! with its own fleet of the same VMs, from meeting at the same one.
 //!
 //! A turn is worth so many table entries, more for who weighs more; what a turn did not use or used
 //! too much counts in the next. One owner, no lock, nothing allocated after [`Fleet::new`].

@@ -2,8 +2,8 @@
 //!
 //! Threads claim disjoint parts of the plan and collect the MMU's answers, which is where the time
 //! goes (memory that no cache holds); the holder of the pass takes what they collected in
-//! ([`AgePass::absorb`](crate::AgePass::absorb)), part by part in any order. The table keeps its one
-//! editor, and every order gives the same result as one thread.
+//! ([`AgePass::absorb`](crate::AgePass::absorb)), part by part in any order. The table keeps its
+//! one editor, and every order gives the same result as one thread.
 //!
 //! Threads and channels are the embedder's. A part whose harvest is dropped was cleared and not
 //! counted: hand it in, or look young pages up again with the next pass.
@@ -37,10 +37,19 @@ impl<'t> ScanPlan<'t> {
         Self { table, size: blocks.max(1), claimed: AtomicU64::new(0) }
     }
 
+    fn parts(&self) -> u64 {
+        self.table.regions().iter().map(|region| region.len().div_ceil(self.size)).sum()
+    }
+
     /// The next part, for the calling thread alone; `None` when all are claimed.
     pub fn claim(&self) -> Option<GfnRange> {
-        // ORDERING[age-plan]: Relaxed. Pairs with itself: each number is given out once, and what
-        // it names does not change while the plan borrows the table.
+        // ORDERING[age-plan]: Relaxed. Pairs with the fetch-add below. Once all are claimed the
+        // number stands still: a thread that asks for ever does not make it wrap.
+        if self.claimed.load(Ordering::Relaxed) >= self.parts() {
+            return None;
+        }
+        // ORDERING[age-plan]: Relaxed. Pairs with the load above and itself: each number is given
+        // out once, and what it names does not change while the plan borrows the table.
         let mut part = self.claimed.fetch_add(1, Ordering::Relaxed);
         for region in self.table.regions() {
             let parts = region.len().div_ceil(self.size);

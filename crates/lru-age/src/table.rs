@@ -124,8 +124,8 @@ impl AgeTable {
         })
     }
 
-    /// Blocks of huge leaves cost one entry, and blocks in which nothing is known may hold anything:
-    /// filters are asked about the others only.
+    /// Blocks of huge leaves cost one entry, and blocks in which nothing is known may hold
+    /// anything: filters are asked about the others only.
     pub(crate) fn is_wanted(&self, region: &Region, block: u64, seq: Seq) -> bool {
         let Some((cell, _)) = region.block(block) else { return false };
         let seen = summary::load(cell);

@@ -56,18 +56,21 @@ memcg     7 /vm/7
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 2 + 3 * 6);
     let tiers = [
-        "                     0          0r          0e          7p          0r          0e          0p",
-        "                     1          0r          0e          0p          1r          3e          0p",
-        "                     2          0r          0e          0p          0r          0e          0p",
+        "0 0r 0e 7p 0r 0e 0p",
+        "1 0r 0e 0p 1r 3e 0p",
+        "2 0r 0e 0p 0r 0e 0p",
+        "3 0r 0e 0p 0r 0e 0p",
     ];
+    assert_eq!(lines[3].len(), 22 + 6 * 12, "columns as wide as the kernel's");
     let spaced = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
     for (line, tier) in lines[3..].iter().zip(tiers) {
-        assert_eq!(spaced(line), spaced(tier));
+        assert_eq!(spaced(line), tier);
     }
     // Totals with the youngest: evicted and protected together.
     assert_eq!(spaced(lines[15]), "0 0R 7T 0x 0R 0T 0x");
     assert_eq!(spaced(lines[16]), "1 0R 0T 0x 1R 3T 0x");
-    // The passes of 3 and 4: 100 seen in one table (an empty one is not told of), then 128 of which 64 used in one dense table.
+    // The passes of 3 and 4: 100 seen in one table (an empty one is not told of), then 128, of
+    // which 64 used in one dense table.
     assert_eq!(spaced(lines[7]), "100T 0Y 1F 0A");
     assert_eq!(spaced(lines[13]), "128T 64Y 0F 1A");
     assert_eq!(spaced(lines[19]), "0x 0x 0x 0x");
