@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::fake::{BLOCK, FakeMmu, Leaf, Rng, range};
 use lru_age::{
-    AgePass, AgeTable, GenWindow, Histogram, MIN_NR_GENS, PassCounts, PassOptions, Promotion, Scan,
-    Seq, candidates, cold_blocks,
+    AgePass, AgeTable, Arrival, GenWindow, Histogram, MIN_NR_GENS, PassCounts, PassOptions,
+    Promotion, Scan, Seq, candidates, cold_blocks,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly, UpperBits};
@@ -303,7 +303,7 @@ fn compare(model: &Model, table: &AgeTable, now_ms: u64) {
 }
 
 /// A table, an MMU and the model, driven by one random trace.
-struct Trace {
+pub(crate) struct Trace {
     rng: Rng,
     mmu: FakeMmu,
     table: AgeTable,
@@ -315,7 +315,7 @@ struct Trace {
 }
 
 impl Trace {
-    fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         let mut rng = Rng(seed);
         let max = if rng.below(4) == 0 { 3 + rng.below(9) } else { 3 };
         let window = GenWindow::ending_at(Seq::new(max), 3 + rng.below(2)).unwrap();
@@ -328,9 +328,16 @@ impl Trace {
         Self { rng, mmu, table, model: Model::new(window), now_ms: 0, reached: [0; 10] }
     }
 
+    /// One operation, decided by `word`, and a comparison of everything.
+    pub(crate) fn act_on(&mut self, word: u64) {
+        self.rng = Rng(word);
+        self.act();
+        compare(&self.model, &self.table, self.now_ms);
+    }
+
     fn act(&mut self) {
         let pages = self.rng.pages(PAGES);
-        match self.rng.below(16) {
+        match self.rng.below(19) {
             0 => self.add_range(pages),
             1 if self.rng.below(6) == 0 => self.remove_range(),
             2 | 3 => self.mmu.map(pages),
@@ -340,6 +347,9 @@ impl Trace {
             7 => self.forget(pages),
             8 => self.touch(pages),
             9..12 => pages.for_each(|gfn| self.mmu.touch(gfn)),
+            12 => self.insert(pages),
+            13 => self.protect(pages),
+            14 => self.table.note(Gfn::new(pages.start)),
             _ => self.pass(),
         }
     }
@@ -374,6 +384,53 @@ impl Trace {
         }
         self.model.pages.retain(|gfn, _| !pages.contains(gfn));
         assert_eq!(self.table.edit().unwrap().forget(range(pages)), known);
+    }
+
+    /// Pages that the table hears of before a pass finds them, whatever the MMU maps.
+    fn insert(&mut self, pages: Range<u64>) {
+        let level = [Level::L1, Level::L2][to_index(self.rng.below(2))];
+        let arrival = [Arrival::New, Arrival::WorkingSet][to_index(self.rng.below(2))];
+        let young = arrival == Arrival::WorkingSet;
+        let mut counts = PassCounts::default();
+        for inside in self.model.ranges.clone() {
+            let all = inside.start.max(pages.start)..inside.end.min(pages.end);
+            let mut gfn = all.start;
+            while gfn < all.end {
+                let block = gfn / BLOCK * BLOCK..(gfn / BLOCK + 1) * BLOCK;
+                let part = gfn..block.end.min(all.end);
+                gfn = part.end;
+                if level == Level::L2 && part == block {
+                    let leaf = Leaf { level, young };
+                    self.model.walk_huge(block, leaf, Promotion::SecondChance, &mut counts);
+                    continue;
+                }
+                // What is told of one page splits the block; a full one that nobody used is not
+                // rewritten, which nobody can see.
+                let own = block.start.max(inside.start)..block.end.min(inside.end);
+                self.model.pages.range_mut(own).for_each(|(_, page)| page.level = Level::L1);
+                let options = PassOptions::new(AgeMode::Clear);
+                let leaf = Some(Leaf { level: Level::L1, young });
+                part.for_each(|gfn| self.model.walk_page(gfn, leaf, options, &mut counts));
+            }
+        }
+        let added = self.table.edit().unwrap().insert(range(pages), level, arrival);
+        assert_eq!(added, counts.added);
+    }
+
+    fn protect(&mut self, pages: Range<u64>) {
+        let seq = self.model.min + self.rng.below(6);
+        let moves = (self.model.min..self.model.max).contains(&seq);
+        let mut moved = 0;
+        for (&gfn, page) in self.model.pages.iter_mut().filter(|_| moves) {
+            let block = gfn / BLOCK * BLOCK;
+            let huge = page.level != Level::L1;
+            let near = huge && block < pages.end && pages.start < block + BLOCK;
+            if page.seq == seq && (near || pages.contains(&gfn)) {
+                page.seq += 1;
+                moved += 1;
+            }
+        }
+        assert_eq!(self.table.edit().unwrap().protect(range(pages), Seq::new(seq)), moved);
     }
 
     fn touch(&mut self, pages: Range<u64>) {
@@ -467,8 +524,8 @@ fn random_traces_agree_with_the_model_after_every_operation() {
         println!("LRU_AGE_SEED={seed}");
         let mut trace = Trace::new(seed);
         for _ in 0..120 {
-            trace.act();
-            compare(&trace.model, &trace.table, trace.now_ms);
+            let word = trace.rng.next();
+            trace.act_on(word);
         }
         total = trace.reached.iter().zip(total).map(|(a, b)| a + b).collect();
     }
