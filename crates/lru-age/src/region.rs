@@ -9,6 +9,8 @@ use mmu_core::addr::{Gfn, GfnRange, Level, to_index};
 use mmu_core::sync::AtomicU64;
 
 use crate::index::BlockIndex;
+use crate::kind::Kind;
+use crate::summary;
 use crate::word::{BLOCK_PAGES, Block, Mask, mask};
 
 /// Bytes of the words of one block.
@@ -19,6 +21,7 @@ const _: () = assert!(size_of::<Block>() == 256 || cfg!(loom), "four bits for ea
 #[derive(Debug)]
 pub(crate) struct Region {
     range: GfnRange,
+    kind: Kind,
     summaries: Box<[AtomicU64]>,
     blocks: Box<[Block]>,
     index: BlockIndex,
@@ -26,10 +29,11 @@ pub(crate) struct Region {
 
 impl Region {
     /// Nothing tracked in `range`; `None` when the allocator has no memory.
-    pub(crate) fn new(range: GfnRange) -> Option<Self> {
+    pub(crate) fn new(range: GfnRange, kind: Kind) -> Option<Self> {
         let blocks = blocks_of(range);
         Some(Self {
             range,
+            kind,
             summaries: zeroed(blocks)?,
             blocks: zeroed(blocks)?,
             index: BlockIndex::new(blocks)?,
@@ -45,6 +49,11 @@ impl Region {
     #[inline]
     pub(crate) const fn range(&self) -> GfnRange {
         self.range
+    }
+
+    #[inline]
+    pub(crate) const fn kind(&self) -> Kind {
+        self.kind
     }
 
     #[inline]
@@ -74,6 +83,13 @@ impl Region {
     pub(crate) fn block(&self, block: u64) -> Option<(&AtomicU64, &Block)> {
         let at = to_index(block);
         self.summaries.get(at).zip(self.blocks.get(at))
+    }
+
+    /// Tracked pages of the blocks from that of `gfn` on, for the holder of the editor.
+    pub(crate) fn tracked_from(&self, gfn: Gfn) -> u64 {
+        let first = to_index(self.block_of(gfn));
+        let rest = self.summaries.get(first..).unwrap_or_default();
+        rest.iter().map(|cell| summary::load_own(cell).total()).sum()
     }
 
     /// The pages of a block that lie in `range`, itself inside the region's.
@@ -110,7 +126,7 @@ mod tests {
     #[test]
     fn unaligned_ranges_share_no_page_with_their_neighbours() {
         let range = GfnRange::new(Gfn::new(1000), Gfn::new(2049));
-        let region = Region::new(range).unwrap();
+        let region = Region::new(range, Kind::Anon).unwrap();
         assert_eq!((region.len(), region.base_of(0)), (4, Gfn::new(512)));
         let pages: u32 = (0..region.len())
             .flat_map(|block| region.mask(block, range))
@@ -123,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_range_that_no_machine_can_hold_is_refused() {
-        assert!(Region::new(GfnRange::ALL).is_none());
+        assert!(Region::new(GfnRange::ALL, Kind::File).is_none());
         assert!(Region::bytes(GfnRange::ALL) > 1 << 50);
     }
 }
