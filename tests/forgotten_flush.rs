@@ -59,7 +59,7 @@ fn faults_after_unmap<F: SpteFormat>(vmm: &Arc<Vmm<F>>, vcpu: &mut VmmVcpu<F>) -
 /// Pages that a second precise pass finds young after the guest touched all of them.
 fn young_after_precise_pass<F: SpteFormat>(vmm: &Arc<Vmm<F>>, vcpu: &mut VmmVcpu<F>) -> u64 {
     let mut actor = vmm.actor().expect("room");
-    let request = AgeRequest { range: vmm.all_gfns(), mode: AgeMode::ClearFlush, budget: u64::MAX };
+    let request = AgeRequest::new(vmm.all_gfns(), AgeMode::ClearFlush);
     assert_eq!(vmm.mmu.age(&mut actor, request, &mut CountOnly).young, PAGES);
     vcpu.run_pages(Op::Verify, 0..PAGES, 1, 1).expect("verify");
     vmm.mmu.age(&mut actor, request, &mut CountOnly).young

@@ -257,7 +257,7 @@ fn invalid_roots_are_ignored() {
     let zap = guest.mmu.invalidate_roots(&mut guest.actor);
     let report = guest.mmu.vm().actor().map(|mut actor| {
         let request =
-            mmu_core::traits::AgeRequest { range: GfnRange::ALL, mode: AgeMode::Clear, budget: 9 };
+            mmu_core::traits::AgeRequest::new(GfnRange::ALL, AgeMode::Clear).with_budget(9);
         use mmu_core::traits::{AgeRange, CountOnly};
         guest.mmu.age(&mut actor, request, &mut CountOnly)
     });

@@ -197,7 +197,7 @@ fn churn<F: SpteFormat>(bench: &Bench<F>, seed: u64) {
             }
             6..12 => {
                 let mode = [AgeMode::Clear, AgeMode::ClearFlush][random.below(2) as usize];
-                let request = AgeRequest { range: pages, mode, budget: u64::MAX };
+                let request = AgeRequest::new(pages, mode);
                 let _ = mmu.age(&mut actor, request, &mut CountOnly);
             }
             12..15 => {

@@ -171,7 +171,7 @@ fn age<F: SpteFormat>(mmu: &TdpMmu<F, TestHost>, stop: &AtomicBool) -> u64 {
         if stop.load(Ordering::Acquire) {
             break;
         }
-        let request = AgeRequest { range: GfnRange::ALL, mode, budget: u64::MAX };
+        let request = AgeRequest::new(GfnRange::ALL, mode);
         young += mmu.age(&mut actor, request, &mut CountOnly).young;
         std::thread::yield_now();
     }

@@ -143,7 +143,7 @@ fn aging_and_the_fast_fault_after_it_are_told() {
     let _ = fault(&mut guest, BASE + 5, WRITE, Level::L1);
     let _ = guest.host().take_events();
     let age = |guest: &mut WatchedGuest<Ept>, mode| {
-        let request = AgeRequest { range: range(BASE, BASE + 8), mode, budget: u64::MAX };
+        let request = AgeRequest::new(range(BASE, BASE + 8), mode);
         let _ = guest.mmu.age(&mut guest.actor, request, &mut CountOnly);
     };
     age(&mut guest, AgeMode::Test);

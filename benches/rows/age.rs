@@ -36,7 +36,7 @@ pub fn shares(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
 
 /// One call over everything; the young pages it saw.
 pub fn pass(vm: &mut Vm, sink: &mut impl AgeSink) -> u64 {
-    let request = AgeRequest { range: vm.range(), mode: AgeMode::Clear, budget: u64::MAX };
+    let request = AgeRequest::new(vm.range(), AgeMode::Clear);
     vm.mmu.age(vm.vcpu.actor(), request, sink).young
 }
 

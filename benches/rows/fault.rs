@@ -73,7 +73,7 @@ pub fn fast(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
         vm.populate();
         bench.repeat("fast_fault_tracked", vm.pages, || {
             let range = vm.range();
-            let request = AgeRequest { range, mode: AgeMode::Clear, budget: u64::MAX };
+            let request = AgeRequest::new(range, AgeMode::Clear);
             let report = vm.mmu.age(vm.vcpu.actor(), request, &mut CountOnly);
             assert_eq!(report.young, vm.pages);
             time(|| regain(&mut vm))

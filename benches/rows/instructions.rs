@@ -116,8 +116,8 @@ fn logged(row: &str, vm: &mut Vm, count: u64) {
 fn on_mapped(row: &str, vm: &mut Vm, order: &[u32], count: u64) {
     let tables = vm.leaf_tables();
     let part = GfnRange::new(Gfn::new(0), Gfn::new(count));
-    let all = AgeRequest { range: vm.range(), mode: AgeMode::Clear, budget: u64::MAX };
-    let some = AgeRequest { range: part, ..all };
+    let all = AgeRequest::new(vm.range(), AgeMode::Clear);
+    let some = all.for_range(part);
     match row {
         "spurious" => {
             (0..count).for_each(|gfn| expect(vm.vcpu.fault(&write(gfn)), FaultOutcome::Spurious));

@@ -58,7 +58,7 @@ pub fn aging(bench: &mut Bench, _: &dyn Fn(&str) -> bool) {
         let entries = std::sync::atomic::AtomicU64::new(0);
         let (mmu, range) = (vm.mmu.clone(), vm.range());
         let again = |ager: &mut _| {
-            let request = AgeRequest { range, mode: AgeMode::Clear, budget: u64::MAX };
+            let request = AgeRequest::new(range, AgeMode::Clear);
             let seen = mmu.age(ager, request, &mut CountOnly).entries;
             entries.fetch_add(seen, std::sync::atomic::Ordering::Relaxed);
         };

@@ -302,6 +302,7 @@ impl TlbFlush for TestHost {
             }
             for range in &batch.ranges {
                 core.cpu.flush_pages(range.start.get()..range.end.get());
+                core.cpu.flush_upper(range.start.get()..range.end.get());
             }
             core.cpu.flush_tables(&tables);
         }
@@ -633,7 +634,7 @@ impl<F: Modelled> Guest<F> {
         budget: u64,
         sink: &mut S,
     ) -> AgeReport {
-        self.mmu.age(&mut self.actor, AgeRequest { range, mode, budget }, sink)
+        self.mmu.age(&mut self.actor, AgeRequest::new(range, mode).with_budget(budget), sink)
     }
 
     pub fn root_register(&mut self) -> u64 {

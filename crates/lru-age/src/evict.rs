@@ -53,7 +53,7 @@ impl Candidate {
         let mut total = AgeReport::empty(self.range.start);
         while total.next < self.range.end {
             let range = GfnRange::new(total.next, self.range.end);
-            let request = AgeRequest { range, mode: AgeMode::Test, budget: u64::MAX };
+            let request = AgeRequest::new(range, AgeMode::Test);
             let slice = mmu.age(reader, request, &mut CountOnly);
             // An MMU without progress said all that it will say.
             let stuck = slice.next <= range.start;

@@ -28,7 +28,7 @@
 //!
 //! use lru_age::{AgePass, AgeTable, Histogram, Recheck, candidates};
 //! use mmu_core::addr::{Gfn, GfnRange};
-//! use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink};
+//! use mmu_core::traits::{AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink};
 //!
 //! /// 512 mapped pages; one accessed bit each.
 //! struct VecMmu {
@@ -54,6 +54,14 @@
 //!         }
 //!         sink.table(Gfn::new(0), &present, &young);
 //!         report
+//!     }
+//!
+//!     fn abilities(&self) -> AgeAbilities {
+//!         AgeAbilities::FAST
+//!     }
+//!
+//!     fn flush_aged(&self, _: &mut (), _: GfnRange) {
+//!         // No cache, nothing to flush.
 //!     }
 //! }
 //!

@@ -215,7 +215,8 @@ impl<'t> AgePass<'t> {
             cursor: range.start,
             counts: &mut self.state.counts,
         };
-        let report = mmu.age(reader, AgeRequest { range, mode: options.mode, budget }, &mut sink);
+        let report =
+            mmu.age(reader, AgeRequest::new(range, options.mode).with_budget(budget), &mut sink);
         let next = report.next.clamp(range.start, range.end);
         sink.gap(next);
         let counts = &mut self.state.counts;
@@ -319,6 +320,16 @@ impl AgeSink for Observer<'_, '_> {
         let cut = part.len() != BLOCK_PAGES;
         let looked = if cut { self.region.mask(block, part) } else { FULL };
         self.editor.pages(self.region, block, &looked, present, young, self.rules, self.counts);
+    }
+
+    /// As old as they were: neither unmapped nor used.
+    fn idle(&mut self, range: GfnRange) {
+        self.gap(range.start);
+        self.cursor = self.cursor.max(range.end);
+    }
+
+    fn unknown(&mut self, range: GfnRange) {
+        self.idle(range);
     }
 
     fn huge(&mut self, base: Gfn, level: Level, young: bool) {

@@ -13,7 +13,7 @@ use loom::sync::Arc;
 use loom::thread;
 use lru_age::{AgePass, AgeTable, Promotion, candidates, cold_blocks};
 use mmu_core::addr::{Gfn, GfnRange, Level};
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink};
+use mmu_core::traits::{AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink};
 
 const HOT: Gfn = Gfn::new(0);
 const COLD: Gfn = Gfn::new(1);
@@ -37,6 +37,12 @@ impl AgeRange for Shape {
         }
         AgeReport { mapped: 2, young: 1, ..AgeReport::empty(request.range.end) }
     }
+
+    fn abilities(&self) -> AgeAbilities {
+        AgeAbilities::FAST
+    }
+
+    fn flush_aged(&self, _: &mut (), _: GfnRange) {}
 }
 
 fn look(table: &AgeTable, shape: Shape) -> AgePass<'_> {

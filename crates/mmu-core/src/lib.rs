@@ -24,6 +24,7 @@ extern crate std;
 pub mod access;
 pub mod actor;
 pub mod addr;
+pub mod age;
 pub mod async_page;
 pub mod attributes;
 pub mod check;

@@ -1,12 +1,16 @@
 //! What the embedder gives to an MMU ([`TlbFlush`], [`PfnResolver`], [`Trace`], together [`Host`])
-//! and what an MMU gives to its users ([`AgeRange`]).
+//! and what an MMU gives to its users ([`AgeRange`], which stands in [`crate::age`]).
 //!
 //! Frames have a contract of their own in [`crate::frame::PhysMap`], the only unsafe trait.
 
 use core::fmt;
 
 use crate::access::Access;
-use crate::addr::{Gfn, GfnRange, Level, Pfn};
+use crate::addr::{Gfn, Level, Pfn};
+pub use crate::age::{
+    AgeAbilities, AgeAnswer, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, CountOnly, Effort,
+    FAST_PAGE_BUDGET, MASK_WORDS, UpperBits,
+};
 use crate::flush::FlushBatch;
 use crate::frame::PhysMap;
 use crate::slot::Memslot;
@@ -156,106 +160,3 @@ pub trait PfnResolver {
 pub trait Host: PhysMap + TlbFlush + PfnResolver + Trace + Send + Sync {}
 
 impl<T: PhysMap + TlbFlush + PfnResolver + Trace + Send + Sync> Host for T {}
-
-/// What an aging call does to accessed bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AgeMode {
-    /// Look only; no entry is written (race table row R18).
-    Test,
-    /// Test and clear. No flush: a CPU that cached a translation need not set the bit again, so
-    /// young pages may be missed by the next call, never invented (KVM row 5.2).
-    Clear,
-    /// Test and clear, then flush what was cleared, complete before the call returns: the next
-    /// call sees every access made after this one.
-    ClearFlush,
-}
-
-/// One slice of aging work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AgeRequest {
-    /// Guest pages to look at.
-    pub range: GfnRange,
-    /// What to do to the accessed bits.
-    pub mode: AgeMode,
-    /// Stop after about this many entries read (at least one table is always done, so every call
-    /// makes progress).
-    pub budget: u64,
-}
-
-/// What a slice of aging found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[must_use]
-pub struct AgeReport {
-    /// Where to go on: the first gfn not looked at; `range.end` when all was done.
-    pub next: Gfn,
-    /// Guest pages (4 KiB) seen mapped.
-    pub mapped: u64,
-    /// Guest pages (4 KiB) seen young; a young huge leaf counts all its pages inside the range.
-    pub young: u64,
-    /// Entries read, at every level: what the slice cost.
-    pub entries: u64,
-    /// Leaves whose compare-exchange was lost to somebody else; they count as young.
-    pub lost: u64,
-}
-
-impl AgeReport {
-    /// A report of nothing done yet, to resume at `next`.
-    pub const fn empty(next: Gfn) -> Self {
-        Self { next, mapped: 0, young: 0, entries: 0, lost: 0 }
-    }
-
-    /// Add the counts of a later slice and take over its resume point.
-    pub const fn merge(self, later: Self) -> Self {
-        Self {
-            next: later.next,
-            mapped: self.mapped + later.mapped,
-            young: self.young + later.young,
-            entries: self.entries + later.entries,
-            lost: self.lost + later.lost,
-        }
-    }
-}
-
-/// Words of a per-table bit mask: bit `i` is the entry `i` of a level-1 table.
-pub const MASK_WORDS: usize = 8;
-
-/// Receives what an aging slice found, in ascending gfn order.
-pub trait AgeSink {
-    /// A level-1 table was scanned: bit `i` of `present` and `young` is gfn `base + i`. Bits
-    /// outside the requested range are 0; `young` is a subset of `present`.
-    fn table(&mut self, base: Gfn, present: &[u64; MASK_WORDS], young: &[u64; MASK_WORDS]);
-
-    /// A huge leaf at `level` (2 or 3) that maps `level.pages()` pages from `base`, which may lie
-    /// before the requested range.
-    fn huge(&mut self, base: Gfn, level: Level, young: bool);
-}
-
-/// Ignores everything: for callers that want the counts of [`AgeReport`] only.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct CountOnly;
-
-impl AgeSink for CountOnly {
-    #[inline]
-    fn table(&mut self, _: Gfn, _: &[u64; MASK_WORDS], _: &[u64; MASK_WORDS]) {}
-    #[inline]
-    fn huge(&mut self, _: Gfn, _: Level, _: bool) {}
-}
-
-/// An MMU whose mappings can be aged (KVM rows 5.1 to 5.9).
-///
-/// No MMU lock is taken and nothing is allocated: a call completes while another thread holds the
-/// lock exclusively.
-pub trait AgeRange {
-    /// The calling thread's handle. One per thread; an epoch is pinned through it.
-    type Reader;
-
-    /// Age one slice.
-    ///
-    /// Races: an entry that changes under the call counts as young and is left alone (R1 to R13).
-    fn age<S: AgeSink>(
-        &self,
-        reader: &mut Self::Reader,
-        request: AgeRequest,
-        sink: &mut S,
-    ) -> AgeReport;
-}

@@ -5,13 +5,16 @@
 //! the MMU lock and holds nobody up. Each clearing is one compare-exchange without retry: a lost
 //! one means that the entry is in use or going away, and counts as young (race table R1 to R13).
 
-use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::addr::{Gfn, GfnRange, Level, to_u64};
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::Counter;
 use mmu_core::trace::Event;
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, Host, MASK_WORDS};
+use mmu_core::traits::{
+    AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, Effort, Host, MASK_WORDS,
+    UpperBits,
+};
 use mmu_core::vm::Actor;
 
 use crate::change::Change;
@@ -19,13 +22,26 @@ use crate::iter::{Cursor, LeafTable, Step, TdpIter};
 use crate::mmu::TdpMmu;
 use crate::root::RootFilter;
 use crate::scan;
-use crate::slice::{self, Found, Visit};
+use crate::slice::{self, Found, Plan, Visit};
+use crate::unflushed::{Links, Pass};
+use crate::upper::Entered;
 
 impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
     type Reader = Actor<H>;
 
+    /// Everything, unless the bits are not ours: of a mirror, or set by no hardware.
+    fn abilities(&self) -> AgeAbilities {
+        if self.external().is_some() {
+            AgeAbilities::empty()
+        } else if self.config().ad_enabled() {
+            AgeAbilities::all()
+        } else {
+            AgeAbilities::FAST
+        }
+    }
+
     /// Every valid root is looked at. With more than one (address spaces), a table's gfns may be
-    /// reported once per root.
+    /// told once per root, root by root.
     fn age<S: AgeSink>(
         &self,
         reader: &mut Actor<H>,
@@ -33,115 +49,237 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         sink: &mut S,
     ) -> AgeReport {
         self.assert_own(reader);
-        if request.mode == AgeMode::Clear {
-            self.unflushed().note(request.range);
-        }
-        let mut total = AgeReport::empty(request.range.end);
+        let request = self.possible(request);
+        let AgeRequest { range, mode, effort, .. } = request;
+        let writes = mode != AgeMode::Test && effort == Effort::Full;
+        let uses = request.upper == UpperBits::Use;
+        let links = if writes && uses { Links::Clear } else { Links::Leave };
+        let Some(mut pass) = self.begin_aging(request, links) else {
+            let mut report = AgeReport::empty(range.end);
+            tell_unknown(sink, range, &mut report);
+            return report;
+        };
         let mut debt = FlushDebt::new();
-        let mut range = request.range;
+        let total = self.age_roots(reader, request, &mut pass, sink, &mut debt);
+        if mode != AgeMode::Test {
+            reader.stats().add(Counter::LeavesAged, total.young);
+        }
+        let done = GfnRange::new(range.start, total.next);
+        self.vm().trace(|| Event::Aged { range: done, mode, young: total.young });
+        // What was aged without a flush before may still hide accesses in TLBs.
+        let more =
+            if mode == AgeMode::ClearFlush { done } else { GfnRange::new(done.start, done.start) };
+        self.flush_owed(reader, debt, more);
+        self.unflushed().end(pass);
+        total
+    }
+
+    fn flush_aged(&self, reader: &mut Actor<H>, range: GfnRange) {
+        self.assert_own(reader);
+        self.flush_owed(reader, FlushDebt::new(), range);
+    }
+}
+
+/// What to do to one root.
+#[derive(Clone, Copy)]
+pub(crate) struct Job {
+    pub(crate) range: GfnRange,
+    pub(crate) mode: AgeMode,
+    budget: u64,
+    effort: Effort,
+    upper: UpperBits,
+}
+
+/// What one root's walk works on.
+pub(crate) struct Work<'a, S: AgeSink> {
+    pub(crate) pass: &'a mut Pass,
+    sink: &'a mut S,
+    pub(crate) debt: &'a mut FlushDebt,
+    pub(crate) entered: Entered,
+}
+
+impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
+    /// The request without what this MMU cannot do, or what contradicts itself.
+    fn possible(&self, mut request: AgeRequest) -> AgeRequest {
+        if !self.abilities().contains(AgeAbilities::UPPER_BITS) {
+            request.upper = UpperBits::Ignore;
+        }
+        if request.effort == Effort::Fast && request.mode == AgeMode::ClearFlush {
+            request.mode = AgeMode::Clear;
+        }
+        request
+    }
+
+    /// Before the first bit is read. `None`: unknown, everything.
+    fn begin_aging(&self, request: AgeRequest, links: Links) -> Option<Pass> {
+        let AgeRequest { range, mode, effort, .. } = request;
+        if effort == Effort::Fast && !self.abilities().contains(AgeAbilities::FAST) {
+            return None;
+        }
+        self.unflushed().begin(range, mode, links, effort)
+    }
+
+    /// Age every root's part of the range.
+    fn age_roots<S: AgeSink>(
+        &self,
+        reader: &mut Actor<H>,
+        request: AgeRequest,
+        pass: &mut Pass,
+        sink: &mut S,
+        debt: &mut FlushDebt,
+    ) -> AgeReport {
+        let AgeRequest { mut range, mode, budget, effort, upper, .. } = request;
+        let mut total = AgeReport::empty(range.end);
         let mut first = true;
         for index in self.changeable_roots() {
-            // The budget bounds the first root; the others catch up with it.
-            let budget = if first { request.budget } else { u64::MAX };
-            let job = Job { range, mode: request.mode, budget };
-            let Some(report) = self.age_root(reader, index, job, sink, &mut debt) else {
-                continue;
+            // The budget bounds the first root; the others catch up with it, unless they may not.
+            let budget = match effort {
+                Effort::Fast => budget.saturating_sub(total.entries),
+                Effort::Full if first => budget,
+                Effort::Full => u64::MAX,
             };
+            let job = Job { range, mode, budget, effort, upper };
+            let entered = Entered::NONE;
+            let work = Work { pass: &mut *pass, sink: &mut *sink, debt: &mut *debt, entered };
+            let Some(report) = self.age_root(reader, index, job, work) else { continue };
             let next = if first { report.next } else { total.next };
             total = total.merge(report);
             total.next = next;
             range.end = range.end.min(next);
             first = false;
         }
-        if request.mode != AgeMode::Test {
-            reader.stats().add(Counter::LeavesAged, total.young);
-        }
-        let done = GfnRange::new(request.range.start, total.next);
-        let mut due = None;
-        match request.mode {
-            AgeMode::Test => {}
-            // Once more: a precise pass beside this one may have forgotten the first note.
-            AgeMode::Clear => self.unflushed().note(request.range),
-            // What was aged without a flush before may still hide accesses in TLBs.
-            AgeMode::ClearFlush => due = self.unflushed().due(done),
-        }
+        total
+    }
+
+    /// Pay `debt`, and what is left unflushed in `more`.
+    fn flush_owed(&self, reader: &mut Actor<H>, mut debt: FlushDebt, more: GfnRange) {
+        let due = if more.is_empty() { None } else { self.unflushed().due(more) };
         if let Some(due) = due {
             reader.stats().inc(Counter::FlushOwed);
             debt.owe(due.range);
         }
-        let (mode, young) = (request.mode, total.young);
-        self.vm().trace(|| Event::Aged { range: done, mode, young });
         reader.pay(debt, FlushScope::Ranges);
         if let Some(due) = due {
             self.unflushed().flushed(due);
         }
-        total
     }
-}
 
-/// What to do to one root.
-#[derive(Clone, Copy)]
-struct Job {
-    range: GfnRange,
-    mode: AgeMode,
-    budget: u64,
-}
-
-impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// Age one root's part of the range, in sections. `None` when there is no such root.
     fn age_root<S: AgeSink>(
         &self,
         reader: &mut Actor<H>,
         index: usize,
         job: Job,
-        sink: &mut S,
-        debt: &mut FlushDebt,
+        mut work: Work<'_, S>,
     ) -> Option<AgeReport> {
         let mut cursor = Cursor::new(job.range, Level::L2);
         let mut report: Option<AgeReport> = None;
         loop {
-            let work = reader.pinned();
+            let pinned = reader.pinned();
             let Some(root) = self.roots().get(index, RootFilter::Valid) else { return report };
-            let pool = work.vm.pool();
-            let change = self.change(work.vm, work.stats, &work.section, root.role.space());
-            let iter = TdpIter::resume(pool, &work.section, root.frame, root.role.level(), cursor)
-                .with_encryption(self.config().encryption_mask());
+            let pool = pinned.vm.pool();
+            let space = root.role.space();
+            let change = self.change(pinned.vm, pinned.stats, &pinned.section, space);
+            let iter =
+                TdpIter::resume(pool, &pinned.section, root.frame, root.role.level(), cursor)
+                    .with_encryption(self.config().encryption_mask());
             let done = report.get_or_insert(AgeReport::empty(job.range.end));
-            let mut slice = Slice { change, job, sink, debt, report: done };
+            let mut slice = Slice { mmu: self, change, job, work: &mut work, report: done };
             match slice.run(iter) {
-                Some(next) if slice.report.entries < job.budget => cursor = next,
-                Some(next) => {
-                    done.next = next.next();
+                End::Paused(next) if slice.report.entries < job.budget => cursor = next,
+                End::Paused(next) if job.effort == Effort::Full => {
+                    let stop = next.next();
+                    slice.leave(root, stop);
+                    done.next = stop;
                     return report;
                 }
-                None => return report,
+                End::Paused(next) | End::Stopped(next) => {
+                    let rest = GfnRange::new(next.next(), job.range.end);
+                    tell_unknown(work.sink, rest.intersection(job.range), done);
+                    return report;
+                }
+                End::Done => return report,
             }
         }
     }
 }
 
+fn tell_unknown<S: AgeSink>(sink: &mut S, range: GfnRange, report: &mut AgeReport) {
+    if !range.is_empty() {
+        report.unknown += range.len();
+        sink.unknown(range);
+    }
+}
+
+/// How a slice ended.
+enum End {
+    Done,
+    /// It was long enough.
+    Paused(Cursor),
+    /// What comes next would exceed the budget of a fast call.
+    Stopped(Cursor),
+}
+
 /// One section's worth of aging.
-struct Slice<'a, F: SpteFormat, H: Host, S: AgeSink> {
-    change: Change<'a, F, H>,
-    job: Job,
-    sink: &'a mut S,
-    debt: &'a mut FlushDebt,
+pub(crate) struct Slice<'a, 'w, F: SpteFormat, H: Host, S: AgeSink> {
+    pub(crate) mmu: &'a TdpMmu<F, H>,
+    pub(crate) change: Change<'a, F, H>,
+    pub(crate) job: Job,
+    pub(crate) work: &'a mut Work<'w, S>,
     report: &'a mut AgeReport,
 }
 
-impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
-    /// Age until the walk ends (`None`) or the section has lasted long enough.
-    fn run(&mut self, iter: TdpIter<'_, H>) -> Option<Cursor> {
-        let stats = self.change.stats;
-        slice::run(stats, iter, self.job.range, |found| {
+impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
+    /// Age until the walk ends or the section has lasted long enough.
+    fn run(&mut self, iter: TdpIter<'_, H>) -> End {
+        let (stats, range) = (self.change.stats, self.job.range);
+        if self.job.upper == UpperBits::Ignore && self.job.effort == Effort::Full {
+            let next = slice::run(stats, iter, range, |found| self.visit(found));
+            return next.map_or(End::Done, End::Paused);
+        }
+        let mut stopped = false;
+        let plan = |this: &mut Self, step: &Step<'_>, count| {
+            let plan = this.plan(step, count);
+            stopped |= plan == Plan::Stop;
+            plan
+        };
+        let next = slice::run_planned(stats, iter, range, self, plan, Self::visit);
+        match next {
+            None => End::Done,
+            Some(next) if stopped => End::Stopped(next),
+            Some(next) => End::Paused(next),
+        }
+    }
+
+    fn visit(&mut self, found: Found<'_>) -> Visit {
+        self.report.entries += 1;
+        match found {
+            Found::Table(table) => self.table(&table),
+            Found::Entry(step) if step.spte.is_leaf(step.level) => self.huge(&step),
+            Found::Entry(_) => {}
+        }
+        Visit::Done
+    }
+
+    /// Is the entry worth a visit, of which it and `count` below it are read?
+    #[inline]
+    fn plan(&mut self, step: &Step<'_>, count: usize) -> Plan {
+        let left = match self.job.effort {
+            Effort::Fast => self.job.budget.saturating_sub(self.report.entries),
+            Effort::Full => u64::MAX,
+        };
+        if left == 0 {
+            return Plan::Stop;
+        }
+        let uses = self.job.upper == UpperBits::Use && step.spte.is_table(step.level);
+        if uses && self.is_idle(step) {
             self.report.entries += 1;
-            match found {
-                Found::Table(table) => self.table(&table),
-                Found::Entry(step) if step.spte.is_leaf(step.level) => self.huge(&step),
-                Found::Entry(_) => {}
-            }
-            Visit::Done
-        })
+            let part = step.range().intersection(self.job.range);
+            self.report.idle += part.len();
+            self.work.sink.idle(part);
+            return Plan::Skip;
+        }
+        if to_u64(count) < left { Plan::Visit } else { Plan::Stop }
     }
 
     fn huge(&mut self, step: &Step<'_>) {
@@ -152,7 +290,7 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
             self.report.young += pages;
             self.clear(step.cell, step.spte, step.gfn, step.level);
         }
-        self.sink.huge(step.gfn, step.level, young);
+        self.work.sink.huge(step.gfn, step.level, young);
     }
 
     /// The loop that aging lives from: lines of eight entries read at once, a write only where the
@@ -178,7 +316,7 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
         }
         self.report.mapped += ones(&present);
         self.report.young += ones(&young);
-        self.sink.table(table.base, &present, &young);
+        self.work.sink.table(table.base, &present, &young);
     }
 
     /// Clear the entries of `cells` that `young` has; `base` is the gfn of the first.
@@ -200,7 +338,7 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, F, H, S> {
             self.report.lost += 1;
         }
         if self.job.mode == AgeMode::ClearFlush {
-            self.change.owe(self.debt, GfnRange::from_len(gfn, level.pages()));
+            self.change.owe(self.work.debt, GfnRange::from_len(gfn, level.pages()));
         }
     }
 }

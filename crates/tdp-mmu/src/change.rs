@@ -205,6 +205,32 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
         self.exchange(cell, old, new, gfn, level).is_ok()
     }
 
+    /// Clear the accessed bit of a link. One attempt, as for [`age`](Self::age).
+    #[inline]
+    pub(crate) fn age_table(&self, cell: &SpteCell, old: Spte, gfn: Gfn, level: Level) -> bool {
+        self.adjust_table(cell, old, self.config.age_table(old), gfn, level)
+    }
+
+    /// Change the accessed bit of a link, or write what it holds; `false` when somebody else
+    /// changed it.
+    #[inline]
+    pub(crate) fn adjust_table(
+        &self,
+        cell: &SpteCell,
+        old: Spte,
+        new: Spte,
+        gfn: Gfn,
+        level: Level,
+    ) -> bool {
+        debug_assert!(old.is_table(level) && new.is_table(level), "{old:?} to {new:?}");
+        self.prove(old, new, level);
+        let done = cell.try_change(old, new).is_ok();
+        if done && old != new {
+            self.changed(gfn, level, old, new);
+        }
+        done
+    }
+
     /// Fill the entries of a table that is not linked yet.
     pub(crate) fn fill_split(
         &self,

@@ -238,7 +238,12 @@ fn put_in<F: SpteFormat, H: Host>(
     new: Spte,
 ) -> bool {
     let (cell, spte, level) = last_entry(change, section, root, gfn);
-    level == Level::L1 && spte.is_empty() && change.map(cell, spte, new, gfn, level)
+    let done = level == Level::L1 && spte.is_empty() && change.map(cell, spte, new, gfn, level);
+    if done && change.config.is_accessed(new) {
+        // The access was another page's, through links that may have been cleared since.
+        change.touch(root, gfn, level);
+    }
+    done
 }
 
 /// The entry for `gfn` that links no table.

@@ -106,6 +106,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         if used.young || used.dirty {
             used.add(change, root, pages);
         }
+        if used.young || change.config.is_accessed(leaf) {
+            // What the leaf took over was accessed through links that may have been cleared since.
+            change.touch(root, gfn, level);
+        }
     }
 
     /// Must a leaf at `level` leave the table alone that `link`, the entry there, leads to? One

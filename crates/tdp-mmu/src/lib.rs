@@ -47,6 +47,7 @@ mod slice;
 pub mod split;
 mod sweep;
 mod unflushed;
+mod upper;
 pub mod usage;
 pub mod vcpu;
 pub mod walk;

@@ -20,6 +20,17 @@ pub(crate) enum Found<'g> {
     Entry(Step<'g>),
 }
 
+/// What is to become of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Plan {
+    /// It is worked on.
+    Visit,
+    /// It is left out, with all below it: it counts as one.
+    Skip,
+    /// The walk ends before it.
+    Stop,
+}
+
 /// What became of it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Visit {
@@ -34,34 +45,63 @@ pub(crate) enum Visit {
 #[inline(always)]
 pub(crate) fn run<'g, H: Host>(
     stats: &StatsShard,
-    mut iter: TdpIter<'g, H>,
+    iter: TdpIter<'g, H>,
     range: GfnRange,
     mut visit: impl FnMut(Found<'g>) -> Visit,
 ) -> Option<Cursor> {
+    let plan = |(): &mut (), _: &Step<'_>, _| Plan::Visit;
+    run_planned(stats, iter, range, &mut (), plan, |(), found| visit(found))
+}
+
+/// The same with a question before each entry, which is told how many entries its part of a level-1
+/// table has; it is asked once in each slice that comes to the entry. Both work on `work`. A walk
+/// that is stopped is suspended at the entry.
+#[inline(always)]
+pub(crate) fn run_planned<'g, H: Host, W>(
+    stats: &StatsShard,
+    mut iter: TdpIter<'g, H>,
+    range: GfnRange,
+    work: &mut W,
+    mut plan: impl FnMut(&mut W, &Step<'g>, usize) -> Plan,
+    mut visit: impl FnMut(&mut W, Found<'g>) -> Visit,
+) -> Option<Cursor> {
     let mut visited = 0;
     while let Some(mut step) = iter.next() {
+        let mut table = iter.leaf_table(&step, range);
+        if visited == SLICE_ENTRIES {
+            // Before the step is worked on: the walk comes back to it.
+            match iter.suspend() {
+                Ok(cursor) => return pause(stats, visited, cursor),
+                Err(same) => iter = same,
+            }
+        }
+        match plan(work, &step, table.as_ref().map_or(0, |table| table.count)) {
+            Plan::Visit => {}
+            Plan::Skip => {
+                iter.skip_subtree();
+                visited += 1;
+                continue;
+            }
+            Plan::Stop => return pause(stats, visited, iter.cursor()),
+        }
         loop {
-            let table = iter.leaf_table(&step, range);
             let here = usize::from(!step.spte.is_table(step.level));
             let count = table.as_ref().map_or(here, |table| table.count);
             if visited != 0 && visited + count > SLICE_ENTRIES {
-                // Before the step is worked on: the walk comes back to it.
                 match iter.suspend() {
-                    Ok(cursor) => {
-                        stats.max(Counter::MaxSlice, to_u64(visited));
-                        return Some(cursor);
-                    }
+                    Ok(cursor) => return pause(stats, visited, cursor),
                     Err(same) => iter = same,
                 }
             }
             let is_table = table.is_some();
-            let end = visit(table.map_or(Found::Entry(step), Found::Table)) == Visit::Done;
+            let end = visit(work, table.map_or(Found::Entry(step), Found::Table)) == Visit::Done;
             if end || is_table {
                 visited += count;
                 break;
             }
             step.spte = step.cell.load();
-            if iter.leaf_table(&step, range).is_none() {
+            table = iter.leaf_table(&step, range);
+            if table.is_none() {
                 visited += count;
                 break;
             }
@@ -69,4 +109,9 @@ pub(crate) fn run<'g, H: Host>(
     }
     stats.max(Counter::MaxSlice, to_u64(visited));
     None
+}
+
+fn pause(stats: &StatsShard, visited: usize, cursor: Cursor) -> Option<Cursor> {
+    stats.max(Counter::MaxSlice, to_u64(visited));
+    Some(cursor)
 }

@@ -158,7 +158,7 @@ fn run<F: Modelled>(world: &World<F>, slots: &Slots, vcpu: &mut Vcpu<F>, op: Op)
             let _ = zap.finish(vcpu.actor());
         }
         Op::Age => {
-            let request = AgeRequest { range: BOTH, mode: AgeMode::Clear, budget: 16 };
+            let request = AgeRequest::new(BOTH, AgeMode::Clear).with_budget(16);
             let _ = world.mmu.age(vcpu.actor(), request, &mut CountOnly);
         }
     }

@@ -105,7 +105,7 @@ fn run<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, op: Op) -> Seen {
             seen.zapped = Some(zap.finish(vcpu.actor()));
         }
         Op::Age => {
-            let request = AgeRequest { range: PAGE, mode: AgeMode::Clear, budget: 16 };
+            let request = AgeRequest::new(PAGE, AgeMode::Clear).with_budget(16);
             seen.young = world.mmu.age(vcpu.actor(), request, &mut CountOnly).young;
         }
         Op::Access => seen.accessed = world.access(GFN),

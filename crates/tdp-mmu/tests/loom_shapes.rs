@@ -202,7 +202,7 @@ fn run<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, op: Op, stranger: Spte
             seen.zapped = Some(zap.finish(vcpu.actor()));
         }
         Op::Age => {
-            let request = AgeRequest { range: BOTH, mode: AgeMode::Clear, budget: 16 };
+            let request = AgeRequest::new(BOTH, AgeMode::Clear).with_budget(16);
             seen.young = world.mmu.age(vcpu.actor(), request, &mut CountOnly).young;
         }
         Op::Access => {

@@ -81,7 +81,7 @@ fn pass<F: SpteFormat>(
     let begun = Instant::now();
     let mut range = vmm.all_gfns();
     while !range.is_empty() {
-        let request = AgeRequest { range, mode, budget: 1 << 20 };
+        let request = AgeRequest::new(range, mode).with_budget(1 << 20);
         range.start = vmm.mmu.age(actor, request, &mut young).next;
     }
     (young, begun.elapsed())
@@ -259,7 +259,7 @@ fn under_exclusive<F: SpteFormat>(
         while !held.load(Ordering::Acquire) {
             std::thread::yield_now();
         }
-        let request = AgeRequest { range: vmm.all_gfns(), mode: AgeMode::Clear, budget: u64::MAX };
+        let request = AgeRequest::new(vmm.all_gfns(), AgeMode::Clear);
         let found = vmm.mmu.age(actor, request, &mut CountOnly);
         let still_held = core.lock().needs_break();
         done.store(true, Ordering::Release);

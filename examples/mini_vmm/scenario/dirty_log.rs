@@ -320,7 +320,7 @@ fn disturb<F: SpteFormat>(vmm: &Vmm<F>, seed: u64, done: &AtomicBool) -> Result<
                 let _ = vmm.mmu.invalidate_roots(&mut actor).finish(&mut actor);
             }
             1..6 => {
-                let request = AgeRequest { range, mode: AgeMode::ClearFlush, budget: u64::MAX };
+                let request = AgeRequest::new(range, AgeMode::ClearFlush);
                 let _ = vmm.mmu.age(&mut actor, request, &mut CountOnly);
             }
             _ => {

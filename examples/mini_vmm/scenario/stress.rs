@@ -177,7 +177,7 @@ fn age_some<F: SpteFormat>(
 ) -> Result<(), Error> {
     let mode = [AgeMode::Test, AgeMode::Clear, AgeMode::ClearFlush][random.below(3) as usize];
     let range = if random.chance(1, 2) { vmm.all_gfns() } else { some_range(vmm, random) };
-    let _ = vmm.mmu.age(actor, AgeRequest { range, mode, budget: u64::MAX }, &mut CountOnly);
+    let _ = vmm.mmu.age(actor, AgeRequest::new(range, mode), &mut CountOnly);
     work.passes.fetch_add(1, Ordering::Relaxed);
     std::thread::sleep(Duration::from_micros(random.below(3000)));
     Ok(())

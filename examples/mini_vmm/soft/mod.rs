@@ -245,6 +245,7 @@ impl Machine for SoftMachine {
             let mut cpu = core.lock();
             for gfns in flush.gfns {
                 cpu.flush_pages(gfns.clone());
+                cpu.flush_upper(gfns.clone());
             }
             cpu.flush_tables(&tables);
         }

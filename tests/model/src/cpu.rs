@@ -256,6 +256,12 @@ impl SoftCpu {
         self.tlb.forget_pages(pages);
     }
 
+    /// Forget the ways to every table that maps a page of these (numbers of 4 KiB pages), as
+    /// invalidations by address do. Leaf translations stay.
+    pub fn flush_upper(&mut self, pages: Range<u64>) {
+        self.psc.forget_pages(pages);
+    }
+
     /// Forget the ways to these tables (physical addresses), as when they were unlinked. Leaf
     /// translations that were found through them stay.
     pub fn flush_tables(&mut self, tables: &[u64]) {

@@ -160,6 +160,17 @@ impl Psc {
         self.cache.remove_if(|_, _, step| sorted.binary_search(&step.table).is_ok());
     }
 
+    /// Forget whatever walks for `pages` (numbers of 4 KiB pages) would use.
+    pub fn forget_pages(&mut self, pages: Range<u64>) {
+        if pages.is_empty() {
+            return;
+        }
+        for level in 1..5 {
+            let shift = page_shift(level + 1);
+            self.cache.remove_range(level, pages.start >> shift, (pages.end - 1) >> shift);
+        }
+    }
+
     /// Forget what a walk for `address` would use.
     pub fn forget_address(&mut self, address: u64) {
         for level in 1..5 {
@@ -256,6 +267,18 @@ mod tests {
         psc.forget_tables(&[0x9000, 0x1000]);
         assert_eq!(psc.lookup(0, 4), Some(step(2, 0x2000)));
         psc.forget_address(0);
+        assert!(psc.is_empty());
+        for block in 0..4 {
+            psc.insert(block << 21, step(1, 0x1000 * block));
+        }
+        psc.insert(0, step(2, 0x2000));
+        psc.forget_pages(0x3ff..0x401);
+        assert_eq!(psc.lookup(1 << 21, 4), None);
+        assert_eq!(psc.lookup(2 << 21, 4), None);
+        assert_eq!(psc.lookup(3 << 21, 4), Some(step(1, 0x3000)));
+        assert_eq!(psc.lookup(0, 4), Some(step(1, 0)), "and the table above is forgotten");
+        psc.forget_pages(5..5);
+        psc.forget_pages(0..1 << 40);
         assert!(psc.is_empty());
     }
 }

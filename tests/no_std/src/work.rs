@@ -125,7 +125,7 @@ fn paging() -> Checked {
     ensure(huge == Ok(FaultOutcome::Fixed), "a fault maps a huge page")?;
 
     let mut age = |mode| {
-        let request = AgeRequest { range: GfnRange::ALL, mode, budget: u64::MAX };
+        let request = AgeRequest::new(GfnRange::ALL, mode);
         mmu.age(&mut actor, request, &mut CountOnly)
     };
     ensure(age(AgeMode::Clear).young == 513, "both pages are young")?;

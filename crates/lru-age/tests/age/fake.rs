@@ -3,7 +3,9 @@
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS};
+use mmu_core::traits::{
+    AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS,
+};
 
 /// Pages of a block.
 pub(crate) const BLOCK: u64 = 512;
@@ -169,6 +171,13 @@ impl AgeRange for FakeMmu {
         }
         report
     }
+
+    fn abilities(&self) -> AgeAbilities {
+        let upper = if self.skip_idle { AgeAbilities::UPPER_BITS } else { AgeAbilities::empty() };
+        AgeAbilities::FAST | AgeAbilities::HARDWARE_BITS | upper
+    }
+
+    fn flush_aged(&self, _: &mut (), _: GfnRange) {}
 }
 
 impl FakeMmu {

@@ -460,7 +460,7 @@ fn every_slicing_of_a_pass_gives_the_same_result() {
             }
             // The copies had their bits cleared; the original keeps some of them.
             let cleared = range(rng.pages(PAGES));
-            let request = AgeRequest { range: cleared, mode: AgeMode::Clear, budget: u64::MAX };
+            let request = AgeRequest::new(cleared, AgeMode::Clear);
             let _ = once.age(&mut (), request, &mut CountOnly);
         }
     }

@@ -331,6 +331,14 @@ impl<F: SpteFormat> SpteConfig<F> {
         self.caps.accessed_dirty
     }
 
+    /// Does hardware set A in links at `level`? Not in PAE page-directory-pointer entries, where
+    /// the bit is reserved.
+    #[inline]
+    #[must_use]
+    pub const fn has_table_accessed(&self, level: Level) -> bool {
+        self.caps.accessed_dirty && !self.is_pdpte(level)
+    }
+
     /// The A/D type of the leaves (KVM row 1.5).
     #[inline]
     #[must_use]
