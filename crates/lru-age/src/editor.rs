@@ -9,7 +9,7 @@
 use mmu_core::addr::{GfnRange, Level};
 use mmu_core::sync::AtomicU64;
 
-use crate::r#gen::{ACTIVE_GENS, GenWindow, Label, MIN_NR_GENS};
+use crate::r#gen::{ACTIVE_GENS, GenWindow, Label, MIN_NR_GENS, Seq};
 use crate::index::Map;
 use crate::pass::PassCounts;
 use crate::region::Region;
@@ -28,6 +28,17 @@ pub enum Promotion {
     SecondChance,
     /// Every access moves it to the youngest generation (what the row says of executable pages).
     Immediate,
+}
+
+/// How a page came to be mapped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Arrival {
+    /// For the first time, or after a long absence: its next use only marks it.
+    #[default]
+    New,
+    /// Soon after it was evicted ([`Refault::is_recent`](crate::Refault::is_recent)), or otherwise
+    /// known to be used: its next use promotes it (KVM row 5.38).
+    WorkingSet,
 }
 
 /// The right to change a table. One at a time ([`AgeTable::edit`]); a pass holds one.
@@ -98,6 +109,62 @@ impl<'t> AgeEditor<'t> {
         counts
     }
 
+    /// Pages of `range` were mapped by leaves at `level`: track them in the youngest generation now
+    /// instead of when a pass finds them. Pages that were tracked stay where they are; as
+    /// [`Arrival::WorkingSet`] they count as used once more. Blocks that `range` covers in part, or
+    /// whose range ends inside them, are taken as 4 KiB pages. Returns the pages that are new.
+    pub fn insert(&mut self, range: GfnRange, level: Level, arrival: Arrival) -> u64 {
+        let mut counts = PassCounts::default();
+        let rules = self.rules(Promotion::SecondChance);
+        let used = arrival == Arrival::WorkingSet;
+        for region in self.table.regions_in(range) {
+            let part = region.range().intersection(range);
+            let mut at = part.start;
+            while at < part.end {
+                let block = region.block_of(at);
+                let end = region.base_of(block).saturating_add(BLOCK_PAGES).min(part.end);
+                if level > Level::L1 && end.distance_from(at) == BLOCK_PAGES {
+                    self.huge(region, block, level, used, rules, &mut counts);
+                } else {
+                    let present = region.mask(block, GfnRange::new(at, end));
+                    let young = if used { present } else { mask(0, 0) };
+                    self.pages(region, block, &present, &present, &young, rules, &mut counts);
+                }
+                at = end;
+            }
+        }
+        counts.added
+    }
+
+    /// The pages of `range` that are in generation `seq` go to the next one: old enough to leave,
+    /// and kept for another reason (KVM row 5.31). A block of a huge leaf moves as a whole. Returns
+    /// how many moved: none from a generation that does not exist or is the youngest.
+    pub fn protect(&mut self, range: GfnRange, seq: Seq) -> u64 {
+        if !self.window.contains(seq) || seq == self.window.max_seq() {
+            return 0;
+        }
+        let (from, to) = (self.window.label(seq), self.window.label(seq.next()));
+        let mut moved = 0;
+        for region in self.table.regions_in(range) {
+            let part = region.range().intersection(range);
+            let mut at = part.start;
+            while at < part.end {
+                let block = region.block_of(at);
+                at = region.base_of(block).saturating_add(BLOCK_PAGES);
+                let Some((cell, pages)) = region.block(block) else { break };
+                let old = summary::load_own(cell);
+                let new = if old.is_huge() {
+                    old.relabelled(from, to)
+                } else {
+                    relabel_pages(pages, &region.mask(block, part), old, from, to)
+                };
+                moved += old.count(from) - new.count(from);
+                self.commit(region, block, cell, old, new);
+            }
+        }
+        moved
+    }
+
     /// The rules of this editor's window.
     pub(crate) const fn rules(&self, promotion: Promotion) -> Rules {
         let immediate = match promotion {
@@ -154,6 +221,7 @@ impl<'t> AgeEditor<'t> {
         let old = summary::load_own(cell);
         let known = old.total();
         counts.added += BLOCK_PAGES - known;
+        counts.added_idle += if young { 0 } else { BLOCK_PAGES - known };
         let mut label = if known == 0 { rules.youngest } else { self.youngest_of(old) };
         let mut referenced = old.referenced() || any_referenced(old, pages);
         if young && known != 0 {
@@ -264,7 +332,7 @@ impl<'t> AgeEditor<'t> {
             return;
         }
         summary::store(cell, new);
-        self.table.totals().replace(old, new);
+        self.table.totals(region.kind()).replace(old, new);
         region.index().update(block, maps(old, self.by_age), maps(new, self.by_age));
     }
 
@@ -304,11 +372,27 @@ fn observe_pages(
             left.add(before, seen.gone | seen.promoted);
             entered += u64::from(fresh + promoted);
             counts.added += u64::from(fresh);
+            counts.added_idle += u64::from((seen.fresh & !young).count_ones());
             counts.promoted += u64::from(promoted);
             counts.unmapped_now += u64::from(seen.gone.count_ones());
         }
     }
     (left, entered)
+}
+
+/// The pages of `looked` that carry `from` get `to`. Returns the summary of the block after it.
+fn relabel_pages(pages: &Block, looked: &Mask, old: Summary, from: Label, to: Label) -> Summary {
+    let mut left = Tally::default();
+    let mut entered = 0;
+    for (group, &looked) in pages.iter().zip(looked) {
+        let words = word::load_own(group);
+        let before = Planes::from_words(words);
+        let moved = before.labelled(from) & looked;
+        left.add(before, moved);
+        entered += u64::from(moved.count_ones());
+        word::store(group, words, before.relabelled(moved, to).to_words());
+    }
+    old.changed(left, entered, to)
 }
 
 fn any_referenced(summary: Summary, pages: &Block) -> bool {
@@ -327,7 +411,6 @@ mod tests {
     use mmu_core::addr::Gfn;
 
     use super::*;
-    use crate::Seq;
 
     /// Folding must not rewrite the many cold pages for the sake of the few that are newer.
     #[test]

@@ -41,6 +41,30 @@ pub enum AgeError {
         /// Bytes that the range needs in all.
         bytes: u64,
     },
+    /// The allocator had no memory for something whose size its user chose.
+    NoMemoryFor {
+        /// Bytes asked for.
+        bytes: u64,
+    },
+    /// A word of a bitmap starts at a multiple of 64 pages.
+    Unaligned {
+        /// The gfn given.
+        gfn: Gfn,
+    },
+    /// No sampler works within these limits.
+    BadLimits {
+        /// Regions at least.
+        min_regions: u64,
+        /// Regions at most.
+        max_regions: u64,
+        /// Samples per aggregation.
+        samples: u64,
+    },
+    /// The fleet has as many VMs as it has room for.
+    FleetFull {
+        /// Its room.
+        room: u64,
+    },
     /// Somebody else holds the table's editor: a pass is under way.
     Busy,
     /// A pass must clear what it reads; [`AgeMode::Test`](mmu_core::traits::AgeMode::Test) would
@@ -109,6 +133,13 @@ impl fmt::Display for AgeError {
             Self::OutOfMemory { range, bytes } => {
                 write!(f, "no memory for the {bytes} bytes of range {range}")
             }
+            Self::NoMemoryFor { bytes } => write!(f, "no memory for {bytes} bytes"),
+            Self::Unaligned { gfn } => write!(f, "gfn {gfn} is not a multiple of 64"),
+            Self::BadLimits { min_regions, max_regions, samples } => write!(
+                f,
+                "no sampler has {min_regions} to {max_regions} regions and {samples} samples"
+            ),
+            Self::FleetFull { room } => write!(f, "the fleet has room for {room} VMs"),
             Self::Busy => f.write_str("a pass or another edit is under way"),
             Self::TestOnly => f.write_str("a pass must clear the accessed bits it reads"),
             Self::Superseded { started, max_seq } => {

@@ -16,6 +16,7 @@ use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, CountOnly};
 
 use crate::r#gen::{ACTIVE_GENS, GenWindow, Seq};
 use crate::index::Map;
+use crate::kind::{Kind, Tier};
 use crate::region::Region;
 use crate::summary::{self, Summary};
 use crate::table::AgeTable;
@@ -33,6 +34,10 @@ pub struct Candidate {
     /// Size of the leaves that map it. To evict one block of a 1 GiB leaf, the leaf must be split
     /// or go as a whole.
     pub level: Level,
+    /// Kind of its range.
+    pub kind: Kind,
+    /// Was it used before it grew old? A block of 4 KiB pages counts as used.
+    pub tier: Tier,
 }
 
 /// What the MMU says about a candidate now.
@@ -74,14 +79,26 @@ impl Candidate {
 /// is one candidate of 512 pages. The order is the same every time until pages change.
 #[must_use]
 pub fn candidates(table: &AgeTable) -> Candidates<'_> {
-    Candidates { walk: Walk::new(table), group: 0, mask: 0, seq: Seq::new(0) }
+    Candidates { walk: Walk::new(table, None), group: 0, mask: 0, used: 0, seq: Seq::new(0) }
+}
+
+/// The same of the ranges of one kind.
+#[must_use]
+pub fn candidates_of(table: &AgeTable, kind: Kind) -> Candidates<'_> {
+    Candidates { walk: Walk::new(table, Some(kind)), ..candidates(table) }
 }
 
 /// The blocks without an active page, by the generation of their youngest page, oldest first, then
 /// by gfn. The first one is the coldest 2 MiB of the VM.
 #[must_use]
 pub fn cold_blocks(table: &AgeTable) -> ColdBlocks<'_> {
-    ColdBlocks { walk: Walk::new(table) }
+    ColdBlocks { walk: Walk::new(table, None) }
+}
+
+/// The same of the ranges of one kind.
+#[must_use]
+pub fn cold_blocks_of(table: &AgeTable, kind: Kind) -> ColdBlocks<'_> {
+    ColdBlocks { walk: Walk::new(table, Some(kind)) }
 }
 
 /// See [`candidates`].
@@ -92,6 +109,8 @@ pub struct Candidates<'t> {
     group: u64,
     /// Pages of the group before that are still to be handed out, and their generation.
     mask: u64,
+    /// Pages of the group before that were used before they grew old.
+    used: u64,
     seq: Seq,
 }
 
@@ -106,6 +125,8 @@ pub struct ColdBlocks<'t> {
 struct Walk<'t> {
     table: &'t AgeTable,
     window: GenWindow,
+    /// The ranges listed; `None` for all.
+    kind: Option<Kind>,
     /// The generation being listed.
     seq: Seq,
     region: usize,
@@ -113,9 +134,9 @@ struct Walk<'t> {
 }
 
 impl<'t> Walk<'t> {
-    fn new(table: &'t AgeTable) -> Self {
+    fn new(table: &'t AgeTable, kind: Option<Kind>) -> Self {
         let window = table.window();
-        Self { table, window, seq: window.min_seq(), region: 0, block: 0 }
+        Self { table, window, kind, seq: window.min_seq(), region: 0, block: 0 }
     }
 
     const fn position(&self) -> (Seq, usize, u64) {
@@ -131,7 +152,9 @@ impl<'t> Walk<'t> {
     fn seek(&mut self, map: impl Fn(&Self) -> Map) -> Option<Stop<'t>> {
         while self.seq.get() + ACTIVE_GENS <= self.window.max_seq().get() {
             while let Some(region) = self.table.regions().get(self.region) {
-                if let Some(block) = region.index().next(map(self), self.block) {
+                let wanted = self.kind.is_none_or(|kind| kind == region.kind());
+                let next = wanted.then(|| region.index().next(map(self), self.block)).flatten();
+                if let Some(block) = next {
                     self.block = block;
                     let (cell, pages) = region.block(block)?;
                     return Some(Stop { region, cell, pages });
@@ -152,6 +175,8 @@ impl<'t> Walk<'t> {
             seq: self.seq,
             pages: seen.total(),
             level: seen.level(),
+            kind: stop.region.kind(),
+            tier: Tier::of_mark(!seen.is_huge() || seen.referenced()),
         }
     }
 }
@@ -218,7 +243,8 @@ impl Iterator for Candidates<'_> {
                 (self.walk.block, self.group) = (self.walk.block + 1, 0);
                 continue;
             };
-            self.mask = Planes::from_words(word::load(group)).labelled(label);
+            let planes = Planes::from_words(word::load(group));
+            (self.mask, self.used) = (planes.labelled(label), planes.referenced);
             self.seq = self.walk.seq;
             self.group += 1;
             if !self.walk.is_current() {
@@ -235,6 +261,7 @@ impl Candidates<'_> {
         let region = self.walk.table.regions().get(self.walk.region)?;
         let bit = u64::from(self.mask.trailing_zeros());
         self.mask &= self.mask - 1;
+        let tier = Tier::of_mark(self.used >> bit & 1 == 1);
         let offset = (self.group - 1) * 64 + bit;
         let gfn = Gfn::new(region.base_of(self.walk.block).get() + offset);
         Some(Candidate {
@@ -242,6 +269,8 @@ impl Candidates<'_> {
             seq: self.seq,
             pages: 1,
             level: Level::L1,
+            kind: region.kind(),
+            tier,
         })
     }
 }

@@ -56,6 +56,12 @@ impl Seq {
         Generation(self.0 % MAX_NR_GENS)
     }
 
+    /// The one after it.
+    #[inline]
+    pub(crate) const fn next(self) -> Self {
+        Self(self.0.saturating_add(1))
+    }
+
     /// How many generations younger `self` is than `older`; 0 when it is not.
     #[inline]
     #[must_use]

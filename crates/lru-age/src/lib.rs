@@ -97,22 +97,59 @@
 
 extern crate alloc;
 
+mod cold;
+mod command;
 mod editor;
 mod error;
+mod estimate;
 mod evict;
+mod figures;
+mod filter;
+mod fleet;
 mod r#gen;
+mod harvest;
+mod idle;
 mod index;
+mod kind;
+mod lookaround;
+mod observer;
 mod pass;
+mod policy;
+mod random;
+mod reclaim;
+mod refault;
 mod region;
+mod runs;
+mod sampler;
 mod summary;
 mod table;
+mod text;
 mod word;
 mod workingset;
 
-pub use editor::{AgeEditor, Promotion};
+pub use cold::{ColdRanges, cold_ranges};
+pub use command::{Command, CommandError, Commander, VmNode, parse, run, run_aging, run_eviction};
+pub use editor::{AgeEditor, Arrival, Promotion};
 pub use error::{AgeError, Inconsistency};
-pub use evict::{Candidate, Candidates, ColdBlocks, Recheck, candidates, cold_blocks};
+pub use estimate::{SampledWorkingSet, WorkingSet};
+pub use evict::{
+    Candidate, Candidates, ColdBlocks, Recheck, candidates, candidates_of, cold_blocks,
+    cold_blocks_of,
+};
+pub use fleet::{Fleet, FleetVm, Outcome, Turn};
 pub use r#gen::{ACTIVE_GENS, GenWindow, Generation, MAX_NR_GENS, MIN_NR_GENS, Seq};
-pub use pass::{AgePass, Gaps, PassCounts, PassOptions, PassProgress, PassReport, PausedPass};
+pub use harvest::{Harvest, ScanPlan};
+pub use idle::IdleBitmap;
+pub use kind::{Kind, Tier};
+pub use lookaround::{LookAround, LookOptions, Reach, WINDOW_PAGES, is_dense, window_around};
+pub use pass::{
+    AgePass, Gaps, PassCounts, PassOptions, PassProgress, PassReport, PausedPass, Scan,
+};
+pub use policy::{EvictPolicy, POLICY_BATCH, PidPolicy, Plain, Swappiness};
+pub use reclaim::{EvictEnd, EvictOptions, EvictReport, Participation, Take, Unit};
+pub use refault::{Refault, RefaultCounts, Refaults};
+pub use runs::{Heard, Unheard};
+pub use sampler::{RegionSampler, SampledRegion, SamplerLimits};
 pub use table::{AgeTable, PageAge};
+pub use text::{Switches, VmView, write_lru_gen, write_lru_gen_full};
 pub use workingset::{Bin, Histogram};

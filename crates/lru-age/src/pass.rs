@@ -8,15 +8,21 @@
 //! A pass holds the table's [`AgeEditor`]: there is never a second one, and look-arounds and zaps
 //! go through [`AgePass::editor`] or between passes. To let others in for a while, pause it.
 
-use mmu_core::addr::{Gfn, GfnRange, Level};
-use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, AgeSink, MASK_WORDS};
+use core::num::NonZeroU64;
+
+use mmu_core::addr::{Gfn, GfnRange};
+use mmu_core::traits::{AgeMode, AgeRange, AgeRequest};
 
 use crate::editor::{AgeEditor, Promotion};
 use crate::error::AgeError;
+use crate::figures::Figures;
 use crate::r#gen::{GenWindow, Seq};
+use crate::harvest::Harvest;
+use crate::observer::{Found, Observer, Taking};
 use crate::region::Region;
+use crate::summary;
 use crate::table::AgeTable;
-use crate::word::{BLOCK_PAGES, FULL, Rules, mask};
+use crate::word::BLOCK_PAGES;
 
 /// What it means that an MMU reported nothing for a part of a slice.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -30,6 +36,35 @@ pub enum Gaps {
     Unknown,
 }
 
+/// What a pass looks at (KVM rows 5.26, 5.29).
+///
+/// Where a pass leaves blocks out, accessed bits stay as they are and count later: for the next
+/// pass that looks, or when a candidate is checked again before it goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scan {
+    /// Everything.
+    #[default]
+    Full,
+    /// What the filters name ([`AgeTable::enable_filters`]): blocks in which the last pass or a
+    /// look-around found many used pages, and noted ones; also blocks of huge leaves, and those of
+    /// which nothing is known. Everything while there are no filters.
+    Filtered,
+    /// The same, but everything when the number of the youngest generation is a multiple of this:
+    /// bounds how long a page that a filter missed stays unseen.
+    FullEvery(NonZeroU64),
+}
+
+impl Scan {
+    /// Does a pass at `seq` leave blocks out?
+    const fn is_filtered(self, seq: Seq) -> bool {
+        match self {
+            Self::Full => false,
+            Self::Filtered => true,
+            Self::FullEvery(period) => seq.get() % period.get() != 0,
+        }
+    }
+}
+
 /// How a pass works.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassOptions {
@@ -39,13 +74,16 @@ pub struct PassOptions {
     pub promotion: Promotion,
     /// What silence means.
     pub gaps: Gaps,
+    /// What is looked at.
+    pub scan: Scan,
 }
 
 impl PassOptions {
-    /// Second chance, gaps unmapped.
+    /// Second chance, gaps unmapped, everything looked at.
     #[must_use]
     pub const fn new(mode: AgeMode) -> Self {
-        Self { mode, promotion: Promotion::SecondChance, gaps: Gaps::Unmapped }
+        let (promotion, gaps) = (Promotion::SecondChance, Gaps::Unmapped);
+        Self { mode, promotion, gaps, scan: Scan::Full }
     }
 }
 
@@ -62,6 +100,8 @@ pub struct PassCounts {
     pub second_chance: u64,
     /// New: tracked from now on, in the youngest generation.
     pub added: u64,
+    /// Of these, not used yet: prefetched, or their accessed bit was cleared meanwhile.
+    pub added_idle: u64,
     /// No longer mapped: dropped out of the counts.
     pub unmapped_now: u64,
     /// Table entries that the MMU read: what the pass cost.
@@ -122,10 +162,18 @@ pub struct PausedPass {
     seq: Seq,
     /// First gfn that was not looked at.
     cursor: Gfn,
-    counts: PassCounts,
+    /// Pages taken in out of order ([`AgePass::absorb`]).
+    absorbed: u64,
+    found: Found,
 }
 
 impl PausedPass {
+    /// How its answers are taken in: dense tables are for the next pass.
+    const fn taking(&self) -> Taking {
+        let PassOptions { promotion, gaps, .. } = self.options;
+        Taking { promotion, gaps, next_filter: self.seq.next() }
+    }
+
     /// Go on with the pass. Ranges added behind its position wait for the next pass.
     ///
     /// # Errors
@@ -164,8 +212,17 @@ impl<'t> AgePass<'t> {
         if seq >= Seq::MAX {
             return Err(AgeError::SeqExhausted { max_seq: seq });
         }
-        let counts = PassCounts::default();
-        Ok(Self { editor, state: PausedPass { options, seq, cursor: Gfn::new(0), counts } })
+        if let Some(filters) = table.filters() {
+            filters.begin(seq);
+        }
+        let (cursor, found) = (Gfn::new(0), Found::default());
+        Ok(Self { editor, state: PausedPass { options, seq, cursor, absorbed: 0, found } })
+    }
+
+    /// The youngest generation when the pass started.
+    #[must_use]
+    pub const fn seq(&self) -> Seq {
+        self.state.seq
     }
 
     /// Look at one slice: about `budget_entries` table entries, at least one table.
@@ -185,15 +242,51 @@ impl<'t> AgePass<'t> {
                 break;
             };
             let start = self.state.cursor.max(region.range().start);
-            let range = GfnRange::new(start, region.range().end);
-            let entries = self.slice(mmu, reader, region, range, budget - spent);
-            // Even an empty range costs something, so the budget bounds the ranges visited too.
+            let run = self.next_run(region, start, budget - spent);
+            // Even what is left out costs something, so the budget bounds the blocks visited too.
+            spent += run.left_out;
+            self.state.cursor = run.range.start;
+            if run.range.is_empty() {
+                continue;
+            }
+            let entries = self.slice(mmu, reader, region, run.range, budget - spent.min(budget));
             spent += entries.max(1);
-            if self.state.cursor <= start {
+            if self.state.cursor <= run.range.start {
                 break;
             }
         }
         self.progress()
+    }
+
+    /// The first blocks from `start` on that the pass looks at, and how many it leaves out before.
+    /// Looks at no more than `budget` blocks; the run is empty when it found none.
+    fn next_run(&mut self, region: &Region, start: Gfn, budget: u64) -> Run {
+        let end = region.range().end;
+        let (seq, table) = (self.state.seq, self.editor.table());
+        if table.filters().is_none() || !self.state.options.scan.is_filtered(seq) {
+            return Run { range: GfnRange::new(start, end), left_out: 0 };
+        }
+        let mut at = start;
+        let mut left_out = 0;
+        while at < end && left_out < budget && !table.is_wanted(region, region.block_of(at), seq) {
+            let known = region.block(region.block_of(at));
+            let pages = known.map_or(0, |(cell, _)| summary::load_own(cell).total());
+            self.state.found.figures.unknown += pages;
+            left_out += 1;
+            at = region.base_of(region.block_of(at)).saturating_add(BLOCK_PAGES).min(end);
+        }
+        let first = at;
+        let mut blocks = 0;
+        // Far enough for any budget, whether tables or huge leaves follow.
+        let most = RUN_BLOCKS.saturating_add(budget / BLOCK_PAGES);
+        while at < end && blocks < most && table.is_wanted(region, region.block_of(at), seq) {
+            blocks += 1;
+            at = region.base_of(region.block_of(at)).saturating_add(BLOCK_PAGES).min(end);
+        }
+        if left_out >= budget {
+            at = first;
+        }
+        Run { range: GfnRange::new(first, at), left_out }
     }
 
     /// One call of the MMU. Returns the entries it read.
@@ -206,24 +299,14 @@ impl<'t> AgePass<'t> {
         budget: u64,
     ) -> u64 {
         let options = self.state.options;
-        let mut sink = Observer {
-            editor: &self.editor,
-            region,
-            range,
-            gaps: options.gaps,
-            rules: self.editor.rules(options.promotion),
-            cursor: range.start,
-            counts: &mut self.state.counts,
-        };
+        let how = self.state.taking();
+        let found = &mut self.state.found;
+        let mut sink = Observer::new(&self.editor, region, range, how, found);
         let report =
             mmu.age(reader, AgeRequest::new(range, options.mode).with_budget(budget), &mut sink);
         let next = report.next.clamp(range.start, range.end);
         sink.gap(next);
-        let counts = &mut self.state.counts;
-        counts.mapped += report.mapped;
-        counts.young += report.young;
-        counts.entries += report.entries;
-        counts.lost += report.lost;
+        self.state.found.add(&report);
         self.state.cursor = next;
         report.entries
     }
@@ -239,13 +322,33 @@ impl<'t> AgePass<'t> {
                 next = Some(cursor.max(range.start));
             }
         }
+        done += self.state.absorbed;
+        if done >= all {
+            next = None;
+        }
         // Ranges hold at most 2^52 pages, so the product fits.
         let percent = (done * 100).checked_div(all).unwrap_or(100);
         PassProgress {
             next,
             percent: u8::try_from(percent).unwrap_or(100),
-            counts: self.state.counts,
+            counts: self.state.found.counts,
         }
+    }
+
+    /// Take in what a thread collected of a part ([`ScanPlan`](crate::ScanPlan)), in any order,
+    /// each part once. The pass is complete when all parts were; do not mix with
+    /// [`step`](Self::step). Parts outside the table's ranges are ignored.
+    pub fn absorb(&mut self, harvest: &Harvest) {
+        let range = harvest.range();
+        let Some(region) = self.editor.table().region_at(range.start) else { return };
+        if !region.range().covers(range) {
+            return;
+        }
+        let how = self.state.taking();
+        let found = &mut self.state.found;
+        Observer::new(&self.editor, region, range, how, found).replay(harvest);
+        self.state.found.add(harvest.report());
+        self.state.absorbed += range.len();
     }
 
     /// The editor that the pass holds, for look-arounds and zaps between its steps.
@@ -268,85 +371,23 @@ impl<'t> AgePass<'t> {
     /// smaller of the two oldest generations.
     pub fn finish(mut self, now_ms: u64) -> PassReport {
         let complete = self.progress().next.is_none();
+        let PausedPass { found, seq, .. } = self.state;
+        let table = self.editor.table();
+        table.set_figures(seq.generation(), found.of_pass(complete, table.tracked_pages()));
         // `start` refused a table whose numbers are exhausted, and only this pass moves the window.
         let folded = self.editor.open_generation(now_ms).unwrap_or(0);
-        let window = self.editor.table().window();
-        PassReport { counts: self.state.counts, complete, folded, window }
+        let window = table.window();
+        table.set_figures(window.max_seq().generation(), Figures::default());
+        PassReport { counts: found.counts, complete, folded, window }
     }
 }
 
-/// Takes in the answers of one slice.
-struct Observer<'a, 't> {
-    editor: &'a AgeEditor<'t>,
-    region: &'a Region,
-    /// What was asked for.
+/// What a filtered pass looks at next.
+struct Run {
     range: GfnRange,
-    gaps: Gaps,
-    rules: Rules,
-    /// First gfn not accounted for.
-    cursor: Gfn,
-    counts: &'a mut PassCounts,
+    /// Blocks before it that are left out.
+    left_out: u64,
 }
 
-impl Observer<'_, '_> {
-    /// Nothing was reported from the cursor up to `to`.
-    #[inline]
-    fn gap(&mut self, to: Gfn) {
-        if self.gaps == Gaps::Unmapped && self.cursor < to {
-            let range = GfnRange::new(self.cursor, to).intersection(self.range);
-            self.editor.unmapped(self.region, range, self.counts);
-        }
-    }
-
-    /// The part of an entry's range that was asked for and not accounted for yet.
-    #[inline]
-    fn take(&mut self, base: Gfn, level: Level) -> GfnRange {
-        self.gap(base);
-        let start = self.cursor.max(base);
-        let end = base.saturating_add(level.pages()).min(self.range.end);
-        self.cursor = self.cursor.max(end);
-        GfnRange::new(start, end)
-    }
-}
-
-impl AgeSink for Observer<'_, '_> {
-    #[inline]
-    fn table(&mut self, base: Gfn, present: &[u64; MASK_WORDS], young: &[u64; MASK_WORDS]) {
-        let part = self.take(base, Level::L2);
-        if part.is_empty() {
-            return;
-        }
-        let block = self.region.block_of(part.start);
-        let cut = part.len() != BLOCK_PAGES;
-        let looked = if cut { self.region.mask(block, part) } else { FULL };
-        self.editor.pages(self.region, block, &looked, present, young, self.rules, self.counts);
-    }
-
-    /// As old as they were: neither unmapped nor used.
-    fn idle(&mut self, range: GfnRange) {
-        self.gap(range.start);
-        self.cursor = self.cursor.max(range.end);
-    }
-
-    fn unknown(&mut self, range: GfnRange) {
-        self.idle(range);
-    }
-
-    fn huge(&mut self, base: Gfn, level: Level, young: bool) {
-        let part = self.take(base, level);
-        let mut at = part.start;
-        while at < part.end {
-            let block = self.region.block_of(at);
-            let end = self.region.base_of(block).saturating_add(BLOCK_PAGES).min(part.end);
-            if end.distance_from(at) == BLOCK_PAGES {
-                self.editor.huge(self.region, block, level, young, self.rules, self.counts);
-            } else {
-                let looked = self.region.mask(block, GfnRange::new(at, end));
-                let used = if young { looked } else { mask(0, 0) };
-                let (region, rules) = (self.region, self.rules);
-                self.editor.pages(region, block, &looked, &looked, &used, rules, self.counts);
-            }
-            at = end;
-        }
-    }
-}
+/// Blocks of a run at most, beyond what the budget is good for in tables.
+const RUN_BLOCKS: u64 = 64;

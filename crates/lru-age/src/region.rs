@@ -9,6 +9,7 @@ use mmu_core::addr::{Gfn, GfnRange, Level, to_index};
 use mmu_core::sync::AtomicU64;
 
 use crate::index::BlockIndex;
+use crate::kind::Kind;
 use crate::word::{BLOCK_PAGES, Block, Mask, mask};
 
 /// Bytes of the words of one block.
@@ -19,6 +20,7 @@ const _: () = assert!(size_of::<Block>() == 256 || cfg!(loom), "four bits for ea
 #[derive(Debug)]
 pub(crate) struct Region {
     range: GfnRange,
+    kind: Kind,
     summaries: Box<[AtomicU64]>,
     blocks: Box<[Block]>,
     index: BlockIndex,
@@ -26,10 +28,11 @@ pub(crate) struct Region {
 
 impl Region {
     /// Nothing tracked in `range`; `None` when the allocator has no memory.
-    pub(crate) fn new(range: GfnRange) -> Option<Self> {
+    pub(crate) fn new(range: GfnRange, kind: Kind) -> Option<Self> {
         let blocks = blocks_of(range);
         Some(Self {
             range,
+            kind,
             summaries: zeroed(blocks)?,
             blocks: zeroed(blocks)?,
             index: BlockIndex::new(blocks)?,
@@ -45,6 +48,11 @@ impl Region {
     #[inline]
     pub(crate) const fn range(&self) -> GfnRange {
         self.range
+    }
+
+    #[inline]
+    pub(crate) const fn kind(&self) -> Kind {
+        self.kind
     }
 
     #[inline]
@@ -110,7 +118,7 @@ mod tests {
     #[test]
     fn unaligned_ranges_share_no_page_with_their_neighbours() {
         let range = GfnRange::new(Gfn::new(1000), Gfn::new(2049));
-        let region = Region::new(range).unwrap();
+        let region = Region::new(range, Kind::Anon).unwrap();
         assert_eq!((region.len(), region.base_of(0)), (4, Gfn::new(512)));
         let pages: u32 = (0..region.len())
             .flat_map(|block| region.mask(block, range))
@@ -123,7 +131,7 @@ mod tests {
 
     #[test]
     fn a_range_that_no_machine_can_hold_is_refused() {
-        assert!(Region::new(GfnRange::ALL).is_none());
+        assert!(Region::new(GfnRange::ALL, Kind::File).is_none());
         assert!(Region::bytes(GfnRange::ALL) > 1 << 50);
     }
 }

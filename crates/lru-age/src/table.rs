@@ -14,7 +14,10 @@ use mmu_core::sync::{AtomicU64, Ordering};
 
 use crate::editor::AgeEditor;
 use crate::error::{AgeError, Inconsistency};
+use crate::figures::{Figures, FiguresCell};
+use crate::filter::Filters;
 use crate::r#gen::{GenWindow, Generation, Label, Seq, WindowCell};
+use crate::kind::{KINDS, Kind};
 use crate::region::Region;
 use crate::summary::{self, Summary, Tally};
 use crate::word::{self, FULL, Planes};
@@ -39,9 +42,13 @@ pub struct AgeTable {
     /// Sorted, disjoint.
     regions: Vec<Region>,
     window: WindowCell,
-    totals: Totals,
+    /// By kind.
+    totals: [Totals; KINDS],
     /// When each generation was opened, by slot.
     births_ms: [AtomicU64; 4],
+    /// What the pass of each generation counted, by slot.
+    figures: [FiguresCell; 4],
+    filters: Option<Filters>,
     /// 1 while an editor is open.
     editing: AtomicU64,
 }
@@ -71,19 +78,82 @@ impl AgeTable {
         Self {
             regions: Vec::new(),
             window: WindowCell::new(window),
-            totals: Totals::default(),
+            totals: Default::default(),
             births_ms: [(); 4].map(|()| AtomicU64::new(now_ms)),
+            figures: Default::default(),
+            filters: None,
             editing: AtomicU64::new(0),
         }
     }
 
-    /// Start to keep ages for `range`, usually a new memslot. Nothing is tracked in it yet. A huge
-    /// leaf that reaches into two ranges has one accessed bit: the lower range gets to see it.
+    /// Let passes leave out what was not worth a look ([`Scan`](crate::Scan)). Takes 8 KiB. The
+    /// first pass after it looks at everything.
+    ///
+    /// # Errors
+    /// [`AgeError::NoMemoryFor`]; nothing changed.
+    pub fn enable_filters(&mut self) -> Result<(), AgeError> {
+        if self.filters.is_none() {
+            let bytes = Filters::BYTES;
+            self.filters = Some(Filters::new().ok_or(AgeError::NoMemoryFor { bytes })?);
+        }
+        Ok(())
+    }
+
+    /// Something happened in the 2 MiB block of `gfn`: the next pass that leaves blocks out shall
+    /// look there. For who maps pages; from any thread, without a lock. Writes only when the block
+    /// was not noted yet. A hint: one that comes while a pass starts may be lost, and its block
+    /// then waits for the next full pass.
+    pub fn note(&self, gfn: Gfn) {
+        if let Some(filters) = &self.filters {
+            let seq = self.window().max_seq();
+            filters.add(seq, gfn);
+            filters.add(Seq::new(seq.get() + 1), gfn);
+        }
+    }
+
+    /// Would a pass that starts now and leaves blocks out ([`Scan`](crate::Scan)) look at the block
+    /// of `gfn`? False outside the ranges.
+    #[must_use]
+    pub fn is_worth_a_look(&self, gfn: Gfn) -> bool {
+        self.region_at(gfn).is_some_and(|region| {
+            let seq = self.window().max_seq();
+            self.is_wanted(region, region.block_of(gfn), seq)
+        })
+    }
+
+    /// Blocks of huge leaves cost one entry, and blocks in which nothing is known may hold anything:
+    /// filters are asked about the others only.
+    pub(crate) fn is_wanted(&self, region: &Region, block: u64, seq: Seq) -> bool {
+        let Some((cell, _)) = region.block(block) else { return false };
+        let seen = summary::load(cell);
+        seen.is_huge() || seen == Summary::EMPTY || self.is_named(region.base_of(block), seq)
+    }
+
+    /// Does a filter name the block, or is there none?
+    pub(crate) fn is_named(&self, base: Gfn, seq: Seq) -> bool {
+        self.filters.as_ref().is_none_or(|filters| filters.contains(seq, base))
+    }
+
+    pub(crate) const fn filters(&self) -> Option<&Filters> {
+        self.filters.as_ref()
+    }
+
+    /// Start to keep ages for `range`, usually a new memslot, whose content only the guest has.
+    /// Nothing is tracked in it yet. A huge leaf that reaches into two ranges has one accessed bit:
+    /// the lower range gets to see it.
     ///
     /// # Errors
     /// Nothing changed: [`AgeError::EmptyRange`], [`AgeError::OutOfAddressSpace`],
     /// [`AgeError::Overlap`] with a range that is there, [`AgeError::OutOfMemory`].
     pub fn add_range(&mut self, range: GfnRange) -> Result<(), AgeError> {
+        self.add_range_of(range, Kind::Anon)
+    }
+
+    /// The same for a range of either kind.
+    ///
+    /// # Errors
+    /// As [`add_range`](Self::add_range).
+    pub fn add_range_of(&mut self, range: GfnRange, kind: Kind) -> Result<(), AgeError> {
         if range.is_empty() {
             return Err(AgeError::EmptyRange { range });
         }
@@ -97,7 +167,7 @@ impl AgeTable {
         }
         let no_memory = AgeError::OutOfMemory { range, bytes: Region::bytes(range) };
         self.regions.try_reserve(1).map_err(|_| no_memory)?;
-        self.regions.insert(at, Region::new(range).ok_or(no_memory)?);
+        self.regions.insert(at, Region::new(range, kind).ok_or(no_memory)?);
         Ok(())
     }
 
@@ -113,7 +183,7 @@ impl AgeTable {
         let region = self.regions.remove(at);
         for block in 0..region.len() {
             if let Some((cell, _)) = region.block(block) {
-                self.totals.replace(summary::load_own(cell), Summary::EMPTY);
+                region.kind().of(&self.totals).replace(summary::load_own(cell), Summary::EMPTY);
             }
         }
         Ok(())
@@ -136,24 +206,26 @@ impl AgeTable {
     pub fn memory_bytes(&self) -> u64 {
         let regions = to_u64(self.regions.capacity() * size_of::<Region>());
         let heap: u64 = self.regions.iter().map(|region| Region::bytes(region.range())).sum();
-        to_u64(size_of::<Self>()) + regions + heap
+        let filters = self.filters.as_ref().map_or(0, |_| Filters::BYTES);
+        to_u64(size_of::<Self>()) + regions + heap + filters
     }
 
     /// Pages (4 KiB) in generation `seq`; 0 for one that does not exist.
     #[must_use]
     pub fn pages_in(&self, seq: Seq) -> u64 {
-        self.pages_by_size(seq).iter().sum()
+        self.pages_by_size(seq).iter().flatten().sum()
     }
 
-    /// The same by size of the leaf: 4 KiB, 2 MiB, 1 GiB, each counted in 4 KiB pages.
-    pub(crate) fn pages_by_size(&self, seq: Seq) -> [u64; PAGE_SIZES] {
-        let mut pages = [0; PAGE_SIZES];
+    /// The same by kind and by size of the leaf: 4 KiB, 2 MiB, 1 GiB, each counted in 4 KiB pages.
+    pub(crate) fn pages_by_size(&self, seq: Seq) -> [[u64; PAGE_SIZES]; KINDS] {
+        let mut pages = [[0; PAGE_SIZES]; KINDS];
         for _ in 0..MAX_READ_TRIES {
             let window = self.window();
             if !window.contains(seq) {
-                return [0; PAGE_SIZES];
+                return [[0; PAGE_SIZES]; KINDS];
             }
-            pages = self.totals.of(window.label(seq));
+            let label = window.label(seq);
+            pages = self.totals.each_ref().map(|totals| totals.of(label));
             // Unchanged after the counts were read: they are of that generation.
             if window == self.window() {
                 break;
@@ -165,7 +237,8 @@ impl AgeTable {
     /// Pages (4 KiB) tracked, in all generations.
     #[must_use]
     pub fn tracked_pages(&self) -> u64 {
-        Label::ALL.iter().flat_map(|&label| self.totals.of(label)).sum()
+        let of_label = |&label: &Label| self.totals.each_ref().map(|totals| totals.of(label));
+        Label::ALL.iter().flat_map(of_label).flatten().sum()
     }
 
     /// How old a page is; `None` when it is outside the ranges or was not mapped when last looked
@@ -205,6 +278,18 @@ impl AgeTable {
         }
     }
 
+    /// What the pass of generation `generation`'s current holder counted.
+    pub(crate) fn figures(&self, generation: Generation) -> Figures {
+        let slot = self.figures.get(to_index(generation.get()));
+        slot.map(FiguresCell::load).unwrap_or_default()
+    }
+
+    pub(crate) fn set_figures(&self, generation: Generation, figures: Figures) {
+        if let Some(slot) = self.figures.get(to_index(generation.get())) {
+            slot.store(figures);
+        }
+    }
+
     /// Become the one who may change the table.
     ///
     /// # Errors
@@ -227,8 +312,8 @@ impl AgeTable {
         &self.window
     }
 
-    pub(crate) const fn totals(&self) -> &Totals {
-        &self.totals
+    pub(crate) const fn totals(&self, kind: Kind) -> &Totals {
+        kind.of(&self.totals)
     }
 
     #[inline]
@@ -248,7 +333,7 @@ impl AgeTable {
         rest.iter().take_while(move |region| region.range().start < range.end)
     }
 
-    fn region_at(&self, gfn: Gfn) -> Option<&Region> {
+    pub(crate) fn region_at(&self, gfn: Gfn) -> Option<&Region> {
         self.regions.get(self.position(gfn)).filter(|region| region.range().contains(gfn))
     }
 
@@ -261,8 +346,9 @@ impl AgeTable {
     pub fn check(&self) -> Result<(), AgeError> {
         let _editor = self.edit()?;
         let window = self.window();
-        let recount = Totals::default();
+        let recount: [Totals; KINDS] = Default::default();
         for region in &self.regions {
+            let recount = region.kind().of(&recount);
             for block in 0..region.len() {
                 recount.replace(Summary::EMPTY, check_block(region, block, window)?);
             }
@@ -270,20 +356,7 @@ impl AgeTable {
                 inconsistent(Inconsistency::Index, region.base_of(column * 64), 0, 0)
             })?;
         }
-        for label in Label::ALL {
-            let pairs = self.totals.of(label).into_iter().zip(recount.of(label));
-            for (kept, recounted) in pairs {
-                if kept != recounted {
-                    let gfn = Gfn::new(0);
-                    return Err(inconsistent(Inconsistency::Totals, gfn, kept, recounted));
-                }
-            }
-            if window.seq_of(label).is_none() && recount.of(label) != [0; PAGE_SIZES] {
-                let pages = recount.of(label).iter().sum();
-                return Err(inconsistent(Inconsistency::Window, Gfn::new(0), 0, pages));
-            }
-        }
-        Ok(())
+        self.totals.iter().zip(&recount).try_for_each(|(kept, new)| kept.compare(new, window))
     }
 }
 
@@ -359,6 +432,23 @@ impl Totals {
             // it looks at the window afterwards.
             sizes.get(to_index(label.get())).map_or(0, |total| total.load(Ordering::Acquire))
         })
+    }
+
+    /// Is every count what a recount says, and no page in a generation that does not exist?
+    fn compare(&self, recount: &Self, window: GenWindow) -> Result<(), AgeError> {
+        for label in Label::ALL {
+            for (kept, recounted) in self.of(label).into_iter().zip(recount.of(label)) {
+                if kept != recounted {
+                    let gfn = Gfn::new(0);
+                    return Err(inconsistent(Inconsistency::Totals, gfn, kept, recounted));
+                }
+            }
+            if window.seq_of(label).is_none() && recount.of(label) != [0; PAGE_SIZES] {
+                let pages = recount.of(label).iter().sum();
+                return Err(inconsistent(Inconsistency::Window, Gfn::new(0), 0, pages));
+            }
+        }
+        Ok(())
     }
 
     /// A block's summary went from `old` to `new`.

@@ -6,6 +6,7 @@
 use mmu_core::addr::Level;
 
 use crate::r#gen::{GenWindow, Generation, MAX_NR_GENS, Seq};
+use crate::kind::{KINDS, Kind};
 use crate::table::{AgeTable, PAGE_SIZES};
 
 /// Generations that a histogram can hold.
@@ -25,20 +26,27 @@ pub struct Bin {
     pub born_ms: u64,
     /// Time since then; 0 when the clock went backwards.
     pub age_ms: u64,
-    pages: [u64; PAGE_SIZES],
+    pages: [[u64; PAGE_SIZES]; KINDS],
 }
 
 impl Bin {
     /// Pages (4 KiB), mapped by leaves of any size.
     #[must_use]
     pub fn pages(&self) -> u64 {
-        self.pages.iter().sum()
+        self.pages.iter().flatten().sum()
     }
 
     /// Pages (4 KiB, whatever the leaf) mapped by leaves at `level`: 1, 2 or 3; 0 for others.
     #[must_use]
     pub fn pages_at(&self, level: Level) -> u64 {
-        self.pages.get(level.slot()).copied().unwrap_or(0)
+        let sizes = self.pages.iter().filter_map(|sizes| sizes.get(level.slot()));
+        sizes.sum()
+    }
+
+    /// Pages (4 KiB) of the ranges of one kind.
+    #[must_use]
+    pub fn pages_of(&self, kind: Kind) -> u64 {
+        kind.of(&self.pages).iter().sum()
     }
 
     /// The slot of the generation.

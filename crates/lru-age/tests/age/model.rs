@@ -116,6 +116,7 @@ impl Model {
         counts.young += u64::from(leaf.young);
         if !self.pages.contains_key(&gfn) {
             counts.added += 1;
+            counts.added_idle += u64::from(!leaf.young);
             let page = Page { seq: self.max, referenced: leaf.young, level: Level::L1 };
             self.pages.insert(gfn, page);
         } else if leaf.young {
@@ -137,6 +138,7 @@ impl Model {
         let known: Vec<Page> = self.pages.range(block.clone()).map(|(_, &page)| page).collect();
         let pages = to_u64(known.len());
         counts.added += BLOCK - pages;
+        counts.added_idle += if leaf.young { 0 } else { BLOCK - pages };
         let mut seq = known.iter().map(|page| page.seq).max().unwrap_or(self.max);
         let was_referenced = known.iter().any(|page| page.referenced);
         if leaf.young && pages != 0 {
