@@ -1,8 +1,10 @@
 //! [`Tierer`]: the thread that ages the VM and takes its cold pages away.
 //!
-//! The chain: an aging pass opens a generation; the pages of the oldest ones are candidates; each
-//! is asked once more whether it was used; what is still cold is unmapped, flushed, written to the
-//! slow tier, and its memory given back. Pages that faults brought back are told to the table.
+//! The chain: an aging pass opens a generation; `lru-age` offers pages of the oldest ones and asks
+//! the MMU once more whether each was used; runs of what is still cold are unmapped, flushed,
+//! written to the slow tier, and their memory given back. When a fault has brought a page back, the
+//! distance between the two tells the table where the page belongs, and the pace whether too much
+//! is taken.
 //!
 //! Unmapping happens inside an invalidation, writing outside: a fault on a page that is on its way
 //! out does not wait for the disk, it takes the page back ([`SlowTier`]).
@@ -12,14 +14,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use lru_age::{AgePass, AgeTable, Candidate, PassReport, Promotion, Recheck, candidates};
-use mmu_core::addr::{Gfn, GfnRange};
+use lru_age::{
+    AgePass, AgeTable, Arrival, Candidate, EvictOptions, PidPolicy, Refaults, Swappiness, Take,
+};
+use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::spte::SpteFormat;
 use mmu_core::traits::AgeMode;
 use mmu_core::vm::Actor;
 use mmu_model::Random;
 
 use super::guest::Progress;
+use super::pace::{Pace, Turn};
 use super::slow::{Place, SlowTier};
 use crate::cli::Trial;
 use crate::host::{DATA_GFN, VmmHost};
@@ -31,10 +36,9 @@ const RUN: u64 = 256;
 /// Of so many pages one may leave after each pass, so that guests feel it little.
 const SHARE: u64 = 8;
 /// Table entries of one step of a pass.
-const STEP: u64 = 1 << 14;
+const STEP: u64 = 1 << 20;
 /// How long a trial waits for all vCPUs to go on, which they do unless they have ended.
 const LINGER: Duration = Duration::from_secs(2);
-
 /// Sleep of a thread that may be told to stop.
 const NAP: Duration = Duration::from_millis(5);
 
@@ -43,7 +47,7 @@ const NAP: Duration = Duration::from_millis(5);
 pub struct Plan {
     /// Which, and by what rules.
     pub trial: Trial,
-    /// Time between two passes.
+    /// Time between two passes, while there is something to do.
     pub every: Duration,
     /// Of what is random.
     pub seed: u64,
@@ -58,20 +62,35 @@ pub enum Duty {
     Look,
 }
 
-/// Ages one VM and takes its pages away.
-pub struct Tierer<'a, F: SpteFormat> {
-    vmm: &'a Vmm<F>,
-    tier: Arc<SlowTier>,
-    table: &'a AgeTable,
-    progress: &'a Progress,
-    actor: Actor<VmmHost>,
-    plan: Plan,
-    random: Random,
-    clock: Instant,
+/// What was counted, in pages unless said.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
     /// Pages that were young when they were looked at once more.
     pub spared: u64,
+    /// Pages that came back so soon that they should not have gone.
+    pub early: u64,
+    /// Turns in which the guest thrashed.
+    pub thrashed: u64,
     /// Time each pass took.
     pub pass_ns: Vec<u64>,
+    /// For each page that came back, the pages taken away between.
+    pub distances: Vec<u64>,
+}
+
+/// Ages one VM and takes its pages away.
+pub struct Tierer<'a, F: SpteFormat> {
+    table: &'a AgeTable,
+    progress: &'a Progress,
+    clock: Instant,
+    plan: Plan,
+    pace: Pace,
+    refaults: Refaults,
+    random: Random,
+    /// Asks about pages, while `hand` takes them.
+    eye: Actor<VmmHost>,
+    hand: Hand<'a, F>,
+    /// What was counted.
+    pub tally: Tally,
 }
 
 impl<'a, F: SpteFormat> Tierer<'a, F> {
@@ -84,30 +103,33 @@ impl<'a, F: SpteFormat> Tierer<'a, F> {
         plan: Plan,
         clock: Instant,
     ) -> Result<Self, Error> {
+        let (tier, actor) = (Arc::clone(tier), vmm.actor()?);
         Ok(Self {
-            vmm,
-            tier: Arc::clone(tier),
             table,
             progress,
-            actor: vmm.actor()?,
-            random: Random::new(plan.seed),
-            plan,
             clock,
-            spared: 0,
-            pass_ns: Vec::new(),
+            plan,
+            pace: Pace::new(plan.every),
+            refaults: Refaults::new(vmm.shape.pages)?,
+            random: Random::new(plan.seed),
+            eye: vmm.actor()?,
+            hand: Hand { vmm, tier, actor, trial: plan.trial, progress, run: 0..0, gone: 0 },
+            tally: Tally::default(),
         })
     }
 
     /// Do its duty until told to stop.
     pub fn work(&mut self, duty: Duty, stop: &AtomicBool) -> Result<(), Error> {
         while !stop.load(Ordering::Relaxed) {
-            self.tidy()?;
-            let _ = self.pass()?;
+            let mut turn = self.welcome()?;
+            self.pass()?;
             if duty == Duty::Tier {
-                let _ = self.evict()?;
+                turn.gone = self.evict()?;
+                self.tally.thrashed += u64::from(self.pace.after(&turn));
                 self.progress.took_turn();
             }
-            let next = Instant::now() + self.plan.every;
+            let next =
+                Instant::now() + if duty == Duty::Tier { self.pace.now() } else { self.plan.every };
             while !stop.load(Ordering::Relaxed) && Instant::now() < next {
                 std::thread::sleep(NAP.min(self.plan.every));
             }
@@ -115,86 +137,123 @@ impl<'a, F: SpteFormat> Tierer<'a, F> {
         Ok(())
     }
 
-    /// Look at all pages once and open a generation.
-    pub fn pass(&mut self) -> Result<PassReport, Error> {
-        let begun = Instant::now();
-        let mode = AgeMode::ClearFlush;
-        let mut pass = AgePass::start(self.table, mode)?;
-        while pass.step(&*self.vmm.mmu, &mut self.actor, STEP).next.is_some() {}
-        let report = pass.finish(self.clock.elapsed().as_millis() as u64);
-        self.pass_ns.push(begun.elapsed().as_nanos() as u64);
-        Ok(report)
+    /// Pages that came back: free their room in the file, and tell the table where they belong.
+    pub fn welcome(&mut self) -> Result<Turn, Error> {
+        let arrived = self.hand.tier.tidy()?;
+        let mut editor = self.table.edit()?;
+        let max_seq = self.table.window().max_seq();
+        let mut turn = Turn { back: arrived.len() as u64, ..Turn::default() };
+        for page in arrived {
+            let gfn = Gfn::new(DATA_GFN + page);
+            let refault = self.refaults.refault(gfn, max_seq);
+            let early = refault.is_some_and(|refault| refault.is_recent());
+            turn.early += u64::from(early);
+            self.tally.distances.extend(refault.map(|refault| refault.distance));
+            let arrival = if early { Arrival::WorkingSet } else { Arrival::New };
+            let _ = editor.insert(GfnRange::from_len(gfn, 1), Level::L1, arrival);
+        }
+        self.tally.early += turn.early;
+        turn.pages = self.hand.vmm.shape.pages;
+        turn.here = turn.pages - self.hand.tier.away();
+        Ok(turn)
     }
 
-    /// Free the room of pages that came back.
-    pub fn tidy(&mut self) -> Result<(), Error> {
-        let _ = self.tier.tidy()?;
+    /// Look at all pages once and open a generation.
+    fn pass(&mut self) -> Result<(), Error> {
+        let begun = Instant::now();
+        let mut pass = AgePass::start(self.table, AgeMode::ClearFlush)?;
+        self.progress.looking(true);
+        while pass.step(&*self.hand.vmm.mmu, &mut self.eye, STEP).next.is_some() {}
+        let _ = pass.finish(self.clock.elapsed().as_millis() as u64);
+        self.progress.looking(false);
+        self.refaults.age_counts();
+        self.tally.pass_ns.push(begun.elapsed().as_nanos() as u64);
         Ok(())
     }
 
     /// Take pages away. Returns how many are gone.
-    pub fn evict(&mut self) -> Result<u64, Error> {
-        let most = (self.vmm.shape.pages / SHARE).max(1);
+    fn evict(&mut self) -> Result<u64, Error> {
+        let pages = self.hand.vmm.shape.pages;
+        let most = (pages / SHARE).max(1);
         if self.plan.trial.is_disturbed() {
-            let first = self.random.below(self.vmm.shape.pages);
-            let last = (first + RUN.min(most)).min(self.vmm.shape.pages);
+            let first = self.random.below(pages);
+            let last = (first + RUN.min(most)).min(pages);
             return self.evict_all(first..last);
         }
-        let mut gone = 0;
-        let mut run = 0..0;
-        for victim in candidates(self.table) {
-            let page = victim.range.start.get() - DATA_GFN;
-            let full = run.end - run.start == RUN;
-            if page != run.end || full {
-                gone += self.take_away(std::mem::replace(&mut run, page..page))?;
-                if gone >= most {
-                    break;
-                }
+        let mut editor = self.table.edit()?;
+        let mut policy = PidPolicy::new(&self.refaults, Swappiness::DEFAULT);
+        let options = EvictOptions::new(most);
+        let (hand, mut failed) = (&mut self.hand, None);
+        let mmu = Arc::clone(&hand.vmm.mmu);
+        let report = editor.evict(&*mmu, &mut self.eye, &mut policy, &options, |victim| match hand
+            .add(victim)
+        {
+            Ok(()) => Take::Evicted,
+            Err(error) => {
+                failed = Some(error);
+                Take::Stop
             }
-            if self.is_cold(&victim)? {
-                run.end = page + 1;
-            }
+        });
+        self.tally.spared += report.young;
+        match failed {
+            Some(error) => Err(error),
+            None => hand.finish(),
         }
-        Ok(gone + self.take_away(run)?)
     }
 
-    /// Take away all of `pages` that are in memory.
+    /// Take away all of `pages` that are in memory, whoever uses them.
     fn evict_all(&mut self, pages: Range<u64>) -> Result<u64, Error> {
-        let mut gone = 0;
-        let mut run = pages.start..pages.start;
         for page in pages {
-            if self.tier.place(page) == Place::Here {
-                run.end = page + 1;
-            } else {
-                gone += self.take_away(std::mem::replace(&mut run, page + 1..page + 1))?;
+            if self.hand.tier.place(page) == Place::Here {
+                self.hand.add_page(page)?;
             }
+            let _ = self.table.edit()?.forget(GfnRange::from_len(Gfn::new(DATA_GFN + page), 1));
         }
-        Ok(gone + self.take_away(run)?)
+        self.hand.finish()
+    }
+}
+
+/// Takes pages away, in runs of pages that lie together.
+struct Hand<'a, F: SpteFormat> {
+    vmm: &'a Vmm<F>,
+    tier: Arc<SlowTier>,
+    actor: Actor<VmmHost>,
+    trial: Trial,
+    progress: &'a Progress,
+    /// Pages to be taken next, all in memory.
+    run: Range<u64>,
+    gone: u64,
+}
+
+impl<F: SpteFormat> Hand<'_, F> {
+    /// Take a victim, now or with those that follow.
+    fn add(&mut self, victim: &Candidate) -> Result<(), Error> {
+        let first = victim.range.start.get() - DATA_GFN;
+        (first..first + victim.range.len()).try_for_each(|page| self.add_page(page))
     }
 
-    /// Was a candidate left alone until now? Tells the table what it did not know.
-    fn is_cold(&mut self, victim: &Candidate) -> Result<bool, Error> {
-        match victim.recheck(&*self.vmm.mmu, &mut self.actor) {
-            Recheck::Cold => Ok(true),
-            Recheck::Young => {
-                self.spared += victim.pages;
-                let _ = self.table.edit()?.touch(victim.range, Promotion::Immediate);
-                Ok(false)
-            }
-            Recheck::Unmapped => {
-                let _ = self.table.edit()?.forget(victim.range);
-                Ok(false)
-            }
+    fn add_page(&mut self, page: u64) -> Result<(), Error> {
+        if page != self.run.end || self.run.end - self.run.start == RUN {
+            self.take_away()?;
+            self.run = page..page;
         }
+        self.run.end += 1;
+        Ok(())
     }
 
-    /// Take a run of pages away, all of them in memory.
-    fn take_away(&mut self, pages: Range<u64>) -> Result<u64, Error> {
+    /// Take what is left. Returns how many pages are gone since the last call.
+    fn finish(&mut self) -> Result<u64, Error> {
+        self.take_away()?;
+        Ok(std::mem::take(&mut self.gone))
+    }
+
+    fn take_away(&mut self) -> Result<(), Error> {
+        let pages = std::mem::replace(&mut self.run, 0..0);
         if pages.is_empty() {
-            return Ok(0);
+            return Ok(());
         }
         let gfns = GfnRange::new(Gfn::new(DATA_GFN + pages.start), Gfn::new(DATA_GFN + pages.end));
-        if self.plan.trial == Trial::CopyFirst {
+        if self.trial == Trial::CopyFirst {
             self.tier.write(pages.clone())?;
             self.linger();
         }
@@ -203,16 +262,16 @@ impl<'a, F: SpteFormat> Tierer<'a, F> {
         let _ = self.vmm.mmu.unmap_in(&mut self.actor, &invalidation, gfns);
         self.tier.leave(pages.clone());
         drop(invalidation);
-        let _ = self.table.edit()?.forget(gfns);
         self.linger();
-        if self.plan.trial != Trial::CopyFirst {
+        if self.trial != Trial::CopyFirst {
             self.tier.write(pages.clone())?;
         }
         self.linger();
-        if self.plan.trial == Trial::DropTakenBack {
+        if self.trial == Trial::DropTakenBack {
             self.tier.drop_taken_back(pages.clone());
         }
-        self.tier.go(pages)
+        self.gone += self.tier.go(pages)?;
+        Ok(())
     }
 
     /// In a trial: until every vCPU has visited all its hot pages, so that faults meet what is half
@@ -222,7 +281,8 @@ impl<'a, F: SpteFormat> Tierer<'a, F> {
         let before = self.progress.commands();
         // The second that ends has begun after now.
         let met = |now: &[u64]| now.iter().zip(&before).all(|(now, before)| now - before >= 2);
-        while self.plan.trial.is_disturbed() && Instant::now() < patience {
+        while self.trial.is_disturbed() && !self.progress.is_stopped() && Instant::now() < patience
+        {
             if met(&self.progress.commands()) {
                 break;
             }

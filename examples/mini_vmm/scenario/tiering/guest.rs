@@ -90,6 +90,8 @@ pub struct Progress {
     phase: AtomicU64,
     /// Times that the tiering thread has taken pages away.
     turns: AtomicU64,
+    /// An aging pass is under way.
+    looking: AtomicBool,
     stop: AtomicBool,
 }
 
@@ -101,6 +103,7 @@ impl Progress {
             visits: AtomicU64::new(0),
             phase: AtomicU64::new(0),
             turns: AtomicU64::new(0),
+            looking: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         }
     }
@@ -133,6 +136,16 @@ impl Progress {
     /// The tiering thread has taken pages away once more.
     pub fn took_turn(&self) {
         self.turns.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// An aging pass begins, or has ended.
+    pub fn looking(&self, looking: bool) {
+        self.looking.store(looking, Ordering::Release);
+    }
+
+    /// Is an aging pass under way, so that pages are between two generations?
+    pub fn is_looking(&self) -> bool {
+        self.looking.load(Ordering::Acquire)
     }
 
     /// Are vCPUs to stop?

@@ -13,12 +13,14 @@
 //! |---|---|
 //! | `slow` | the file, and where each page is: why nothing is lost |
 //! | `evict` | aging, choosing victims, taking them away |
+//! | `pace` | how often, by what comes of it |
 //! | `guest` | the program of the vCPUs, and what memory must hold because of it |
 //! | `watch` | samples, the live view |
 //! | `picture` | what `--plot` draws |
 
 mod evict;
 mod guest;
+mod pace;
 mod picture;
 mod slow;
 mod watch;
@@ -49,7 +51,7 @@ const PHASES: u64 = 2;
 const PAIRS: usize = 5;
 /// A run of a pair, and the time for which a phase goes on when it is where it should be: so many
 /// times the time between two passes.
-const RUN_PASSES: u32 = 3;
+const RUN_PASSES: u32 = 4;
 /// Time that a phase may take.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Pages are taken away so many times in a trial.
@@ -188,7 +190,7 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     } else {
         bench.phases()?;
     }
-    if let Some(still) = &mut still {
+    if let Some(still) = still {
         bench.pairs(still)?;
     }
     bench.bring_back(&tier)?;
@@ -196,10 +198,6 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     report.svg = Some(picture(&watch, &report)?);
     report.seconds = begun.elapsed().as_secs_f64();
     drop((tierer, stage, watch));
-    if let Some(Stage { vmm, vcpus, .. }) = still {
-        drop(vcpus);
-        vmm.teardown(&mut report)?;
-    }
     drop((progress, table));
     vmm.teardown(&mut report)?;
     Ok(report)
@@ -238,7 +236,8 @@ impl<F: SpteFormat> Bench<'_, F> {
                     watch.mark(if phase == 0 { "guest starts" } else { "hot set moves" });
                     let hot = heat.pages(&vmm, phase) * PAGE;
                     watch.limit = hot * LIMIT_PERCENT / 100;
-                    seen.push((hot, wait(watch, held, || at_work() && !progress.is_stopped())?));
+                    let go_on = || at_work() && !progress.is_stopped();
+                    seen.push((hot, wait(watch, &progress, held, go_on)?));
                 }
                 Ok(seen)
             };
@@ -277,8 +276,8 @@ impl<F: SpteFormat> Bench<'_, F> {
     }
 
     /// Compare the guest's speed with that of a VM that nobody ages.
-    fn pairs(&mut self, still: &mut Stage<F>) -> Result<(), Error> {
-        let Self { stage, tierer, every, report, .. } = self;
+    fn pairs(&mut self, mut still: Stage<F>) -> Result<(), Error> {
+        let Self { stage, tierer, watch, every, report, .. } = self;
         let time = *every * RUN_PASSES;
         let mut ratios = Vec::new();
         for pair in 0..PAIRS {
@@ -297,6 +296,14 @@ impl<F: SpteFormat> Bench<'_, F> {
         report.metric("guest_speed_while_tiered_percent", at(PAIRS / 2));
         report.metric("guest_speed_while_tiered_percent_min", at(0));
         report.metric("guest_speed_while_tiered_percent_max", at(PAIRS - 1));
+        watch.skip();
+        let Stage { vmm, vcpus, wrong, .. } = still;
+        drop(vcpus);
+        let mut other = Report::new("tiering", report.cpu, report.vcpus, report.memory_bytes);
+        vmm.teardown(&mut other)?;
+        let failed: Vec<_> = other.checks.iter().filter(|check| !check.ok).collect();
+        let ok = failed.is_empty() && wrong == 0;
+        report.check("vm-without-aging-ends-well", ok, format!("{wrong} mismatches {failed:?}"));
         Ok(())
     }
 
@@ -317,7 +324,7 @@ impl<F: SpteFormat> Bench<'_, F> {
             })
         })?;
         let _ = watch.look()?;
-        tierer.tidy()?;
+        let _ = tierer.welcome()?;
         let (read, wrong) =
             verified.iter().fold((0, stage.wrong), |sum, one| (sum.0 + one.0, sum.1 + one.1));
         let pages = stage.vmm.shape.pages;
@@ -347,10 +354,16 @@ impl<F: SpteFormat> Bench<'_, F> {
         report.count("refaults", moved.back);
         report.count("taken_back_in_time", moved.taken_back);
         report.count("waits_for_a_page_in_transit", tier.moves.waits.load(Ordering::Relaxed));
-        report.count("spared_at_the_last_look", tierer.spared);
-        report.count("aging_passes", tierer.pass_ns.len() as u64);
-        report.percentiles("pass", std::mem::take(&mut tierer.pass_ns));
+        let mut tally = std::mem::take(&mut tierer.tally);
+        report.count("spared_at_the_last_look", tally.spared);
+        report.count("refaults_too_early", tally.early);
+        report.count("turns_in_which_the_guest_thrashed", tally.thrashed);
+        report.count("aging_passes", tally.pass_ns.len() as u64);
+        report.percentiles("pass", tally.pass_ns);
         report.percentiles("refault", tier.take_back_ns());
+        tally.distances.sort_unstable();
+        let middle = tally.distances.get(tally.distances.len() / 2);
+        report.metric("refault_distance_pages_p50", middle.copied().unwrap_or(0) as f64);
         Ok(())
     }
 }
@@ -365,16 +378,23 @@ struct Waited {
     resident: u64,
 }
 
-/// Look until resident memory is below the limit, then as long as `held`.
+/// Look until resident memory is below the limit, then as long as `held`. Nothing counts before
+/// every vCPU has come round to all its hot pages.
 fn wait<F: SpteFormat>(
     watch: &mut Watch<'_, F>,
+    progress: &Progress,
     held: Duration,
     go_on: impl Fn() -> bool,
 ) -> Result<Waited, Error> {
     let begun = Instant::now();
     let mut waited = Waited { fell: false, time: PATIENCE, resident: u64::MAX };
+    let before = progress.commands();
+    let moved = || progress.commands().iter().zip(&before).all(|(now, before)| now - before >= 2);
     while go_on() && begun.elapsed() < PATIENCE {
         let Sample { resident, .. } = watch.look()?;
+        if !moved() {
+            continue;
+        }
         waited.resident = waited.resident.min(resident);
         if resident < watch.limit && !waited.fell {
             (waited.fell, waited.time) = (true, begun.elapsed());

@@ -5,7 +5,7 @@ use plotters::prelude::*;
 use plotters::series::DashedLineSeries;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::watch::{GENERATION_NAMES, Mark, Sample, Speed, mib, speeds};
+use super::watch::{Mark, Sample, Speed, mib, speeds};
 use crate::machine::PAGE;
 
 /// What a picture shows.
@@ -34,17 +34,14 @@ const MEMORY: u32 = 440;
 /// Room for the names of what is drawn, at the right.
 const NAMES: u32 = 190;
 /// Room for the numbers at the left.
-const NUMBERS: u32 = 70;
+const NUMBERS: u32 = 56;
 
 /// From used just now to used long ago.
-const WARM: [RGBColor; 4] = [
-    RGBColor(202, 62, 38),
-    RGBColor(238, 138, 68),
-    RGBColor(248, 205, 134),
-    RGBColor(168, 199, 216),
-];
-const UNKNOWN: RGBColor = RGBColor(226, 222, 214);
-const SLOW: RGBColor = RGBColor(112, 128, 144);
+const WARM: [RGBColor; 3] =
+    [RGBColor(214, 84, 48), RGBColor(243, 160, 88), RGBColor(250, 216, 160)];
+const NEW: RGBColor = RGBColor(198, 218, 190);
+const SLOW: RGBColor = RGBColor(178, 190, 202);
+const OUT: RGBColor = RGBColor(92, 108, 124);
 const INK: RGBColor = RGBColor(34, 34, 34);
 const SET: RGBColor = RGBColor(120, 20, 90);
 const GUEST: RGBColor = RGBColor(28, 98, 160);
@@ -84,51 +81,43 @@ fn end(scene: &Scene<'_>) -> f64 {
     scene.samples.last().map_or(1.0, seconds).max(0.1)
 }
 
-/// A band of the stack: its name, colour and height in MiB.
-type Band = (String, RGBColor, fn(&Sample, u64) -> f64);
+/// A band of the stack: its name, colour and height in pages.
+type Band = (&'static str, RGBColor, fn(&Sample, u64) -> u64);
 
-/// From the bottom up.
-fn bands() -> Vec<Band> {
-    fn generation<const N: usize>(sample: &Sample, _: u64) -> f64 {
-        mib(sample.generations[N] * PAGE)
-    }
-    fn unknown(sample: &Sample, pages: u64) -> f64 {
-        let known: u64 = sample.generations.iter().sum();
-        mib(pages.saturating_sub(known + sample.away) * PAGE)
-    }
-    fn away(sample: &Sample, _: u64) -> f64 {
-        mib(sample.away * PAGE)
-    }
-    let heights = [generation::<0>, generation::<1>, generation::<2>, generation::<3>];
-    let mut bands: Vec<Band> = GENERATION_NAMES
-        .iter()
-        .zip(WARM)
-        .zip(heights)
-        .map(|((name, colour), height)| {
-            (format!("{name} generation"), colour, height as fn(&Sample, u64) -> f64)
-        })
-        .collect();
-    bands.push(("in memory, not looked at".into(), UNKNOWN, unknown));
-    bands.push(("in the slow tier".into(), SLOW, away));
-    bands
+/// From the bottom up. The youngest generation has pages only while a pass is under way.
+const BANDS: [Band; 5] = [
+    ("two youngest generations", WARM[0], |s, _| s.generations[0] + s.generations[1]),
+    ("third generation", WARM[1], |s, _| s.generations[2]),
+    ("oldest generation", WARM[2], |s, _| s.generations[3]),
+    ("mapped since the last pass", NEW, |s, pages| {
+        pages.saturating_sub(s.generations.iter().sum::<u64>() + s.away)
+    }),
+    ("in the slow tier", SLOW, |s, _| s.away),
+];
+
+/// Where each band ends, in MiB, from the bottom up.
+fn stack(sample: &Sample, pages: u64) -> [f64; BANDS.len()] {
+    let mut sum = 0;
+    BANDS.map(|(_, _, height)| {
+        sum += height(sample, pages);
+        mib(sum.min(pages) * PAGE)
+    })
 }
 
 fn draw_memory(area: &Area<'_>, scene: &Scene<'_>) -> Result<(), Failure> {
     let top = mib(scene.pages * PAGE) * 1.1;
     let mut chart = ChartBuilder::on(area)
         .margin_right(NAMES)
+        .margin_left(10)
         .margin_top(8)
         .x_label_area_size(26)
         .y_label_area_size(NUMBERS)
         .build_cartesian_2d(0f64..end(scene), 0f64..top)?;
-    let bands = bands();
     // The highest first: each is drawn down to the axis, and the next one covers what is not its.
-    for upper in (0..bands.len()).rev() {
-        let stack = |sample: &Sample| -> f64 {
-            bands[..=upper].iter().map(|(_, _, height)| height(sample, scene.pages)).sum()
-        };
-        let points = scene.samples.iter().map(|sample| (seconds(sample), stack(sample)));
-        chart.draw_series(AreaSeries::new(points, 0.0, bands[upper].1.filled()))?;
+    for (upper, (_, colour, _)) in BANDS.iter().enumerate().rev() {
+        let points = scene.samples.iter();
+        let points = points.map(|sample| (seconds(sample), stack(sample, scene.pages)[upper]));
+        chart.draw_series(AreaSeries::new(points, 0.0, colour.filled()))?;
     }
     let resident = scene.samples.iter().map(|sample| (seconds(sample), mib(sample.resident)));
     chart.draw_series(LineSeries::new(resident, INK.stroke_width(3)))?;
@@ -141,6 +130,7 @@ fn draw_memory(area: &Area<'_>, scene: &Scene<'_>) -> Result<(), Failure> {
         .configure_mesh()
         .disable_mesh()
         .y_desc("MiB")
+        .y_label_formatter(&|mib| format!("{mib:.0}"))
         .x_labels(10)
         .label_style(("sans-serif", 13))
         .draw()?;
@@ -148,12 +138,15 @@ fn draw_memory(area: &Area<'_>, scene: &Scene<'_>) -> Result<(), Failure> {
         let x = mark.at.as_secs_f64();
         let up = [(x, 0.0), (x, top)];
         chart.draw_series(LineSeries::new(up, INK.mix(0.45).stroke_width(1)))?;
-        let style = ("sans-serif", 13).into_font().color(&INK);
-        let place = (x + end(scene) * 0.004, top * 0.985);
+        // Beside its line, on the side where there is room.
+        let late = x > end(scene) * 0.75;
+        let (side, off) = if late { (HPos::Right, -0.004) } else { (HPos::Left, 0.004) };
+        let style = ("sans-serif", 13).into_font().color(&INK).pos(Pos::new(side, VPos::Top));
+        let place = (x + end(scene) * off, top * 0.985);
         chart.draw_series([Text::new(mark.what.clone(), place, style)])?;
     }
-    let mut names: Vec<_> =
-        bands.iter().rev().map(|(name, colour, _)| (name.as_str(), Key::Band(*colour))).collect();
+    let bands = BANDS.iter().rev();
+    let mut names: Vec<_> = bands.map(|(name, colour, _)| (*name, Key::Band(*colour))).collect();
     names.push(("resident", Key::Line(INK, 3)));
     names.push(("working set, estimated", Key::Dashed(SET)));
     names.push(("1.3 x the hot set", Key::Dotted(INK)));
@@ -166,8 +159,6 @@ enum Key {
     Line(RGBColor, u32),
     Dashed(RGBColor),
     Dotted(RGBColor),
-    /// Nothing: the line before goes on.
-    Blank,
 }
 
 /// What is drawn how, at the right of a panel.
@@ -183,7 +174,6 @@ fn draw_names(area: &Area<'_>, names: &[(&str, Key)]) -> Result<(), Failure> {
                 let corners = [(left, y - 7), (left + 22, y + 7)];
                 area.draw(&Rectangle::new(corners, colour.filled()))?;
             }
-            Key::Blank => {}
             Key::Line(colour, width) => line(0, 22, colour.stroke_width(*width))?,
             Key::Dashed(colour) => {
                 for from in [0, 8, 16] {
@@ -208,6 +198,7 @@ fn draw_guest(area: &Area<'_>, scene: &Scene<'_>, speeds: &[Speed]) -> Result<()
     let top = speeds.iter().map(percent).fold(110.0, f64::max).min(200.0);
     let mut chart = ChartBuilder::on(area)
         .margin_right(NAMES)
+        .margin_left(10)
         .margin_top(8)
         .x_label_area_size(22)
         .y_label_area_size(NUMBERS)
@@ -217,19 +208,24 @@ fn draw_guest(area: &Area<'_>, scene: &Scene<'_>, speeds: &[Speed]) -> Result<()
         .disable_x_mesh()
         .light_line_style(WHITE)
         .y_labels(4)
-        .y_desc("%")
+        .y_desc("% of full speed")
+        .y_label_formatter(&|percent| format!("{percent:.0}"))
         .label_style(("sans-serif", 13))
         .draw()?;
+    let full = [(0.0, 100.0), (end(scene), 100.0)];
+    chart.draw_series(DashedLineSeries::new(full, 2, 4, INK.stroke_width(1)))?;
     let points = scene.samples.iter().zip(speeds).skip(1);
+    let points = points.filter(|(sample, _)| sample.running);
     let points = points.map(|(sample, speed)| (seconds(sample), percent(speed).min(top)));
     chart.draw_series(LineSeries::new(points, GUEST.stroke_width(2)))?;
-    draw_names(area, &[("guest speed, 100 %:", Key::Line(GUEST, 2)), ("without aging", Key::Blank)])
+    draw_names(area, &[("guest", Key::Line(GUEST, 2)), ("without aging", Key::Dotted(INK))])
 }
 
 fn draw_moves(area: &Area<'_>, scene: &Scene<'_>, speeds: &[Speed]) -> Result<(), Failure> {
     let top = speeds.iter().map(|s| s.out.max(s.back)).fold(1000.0, f64::max) * 1.05 / 1000.0;
     let mut chart = ChartBuilder::on(area)
         .margin_right(NAMES)
+        .margin_left(10)
         .margin_top(8)
         .x_label_area_size(40)
         .y_label_area_size(NUMBERS)
@@ -247,7 +243,7 @@ fn draw_moves(area: &Area<'_>, scene: &Scene<'_>, speeds: &[Speed]) -> Result<()
         let points = scene.samples.iter().zip(speeds).skip(1);
         points.map(move |(sample, speed)| (seconds(sample), pick(speed) / 1000.0))
     };
-    chart.draw_series(LineSeries::new(of(|speed| speed.out), SLOW.stroke_width(2)))?;
+    chart.draw_series(LineSeries::new(of(|speed| speed.out), OUT.stroke_width(2)))?;
     chart.draw_series(LineSeries::new(of(|speed| speed.back), WARM[0].stroke_width(2)))?;
-    draw_names(area, &[("taken away", Key::Line(SLOW, 2)), ("brought back", Key::Line(WARM[0], 2))])
+    draw_names(area, &[("taken away", Key::Line(OUT, 2)), ("brought back", Key::Line(WARM[0], 2))])
 }

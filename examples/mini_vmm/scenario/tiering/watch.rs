@@ -4,7 +4,7 @@
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use lru_age::{AgeTable, Histogram};
+use lru_age::{AgeTable, Histogram, WorkingSet};
 use mmu_core::spte::SpteFormat;
 
 use super::guest::Progress;
@@ -32,8 +32,10 @@ pub struct Sample {
     pub resident: u64,
     /// Pages by generation, the youngest first.
     pub generations: [u64; GENERATIONS],
-    /// Pages used lately, as the table estimates it.
+    /// Pages used between the last two passes, as the table estimates it.
     pub working_set: u64,
+    /// Did the guest run its program?
+    pub running: bool,
     /// Pages that are not in memory.
     pub away: u64,
     /// What moved until now.
@@ -97,6 +99,8 @@ pub struct Watch<'a, F: SpteFormat> {
     table: &'a AgeTable,
     progress: &'a Progress,
     clock: Instant,
+    /// Time that was not watched; it is left out.
+    skipped: Duration,
     view: Option<View>,
     /// Pages visited each second without aging.
     pub full_speed: f64,
@@ -118,28 +122,37 @@ impl<'a, F: SpteFormat> Watch<'a, F> {
         (full_speed, limit): (f64, u64),
     ) -> Self {
         let view = std::io::stdout().is_terminal().then(View::default);
-        let (samples, marks) = (Vec::new(), Vec::new());
-        Self { vmm, tier, table, progress, clock, view, full_speed, limit, samples, marks }
+        let (samples, marks, skipped) = (Vec::new(), Vec::new(), Duration::ZERO);
+        Self { vmm, tier, table, progress, clock, skipped, view, full_speed, limit, samples, marks }
+    }
+
+    fn now(&self) -> Duration {
+        self.clock.elapsed() - self.skipped
+    }
+
+    /// Leave out the time since the last sample.
+    pub fn skip(&mut self) {
+        let seen = self.samples.last().map_or(Duration::ZERO, |sample| sample.at);
+        self.skipped += self.now().saturating_sub(seen);
     }
 
     /// Note that something happens now.
     pub fn mark(&mut self, what: impl Into<String>) {
-        self.marks.push(Mark { at: self.clock.elapsed(), what: what.into() });
+        self.marks.push(Mark { at: self.now(), what: what.into() });
     }
 
     /// Look once, after the time between two samples.
     pub fn look(&mut self) -> Result<Sample, Error> {
         std::thread::sleep(EVERY);
-        let histogram = Histogram::of(self.table, self.clock.elapsed().as_millis() as u64);
-        let mut generations = [0; GENERATIONS];
-        for (pages, bin) in generations.iter_mut().zip(histogram.bins().rev()) {
-            *pages = bin.pages();
-        }
+        let last = self.samples.last().copied().unwrap_or_default();
+        let (generations, working_set) =
+            self.ages().unwrap_or((last.generations, last.working_set));
         let sample = Sample {
-            at: self.clock.elapsed(),
+            at: self.now(),
             resident: self.vmm.machine.allocated()?,
             generations,
-            working_set: histogram.active_pages(),
+            working_set,
+            running: !self.progress.is_stopped(),
             away: self.tier.away(),
             moved: self.tier.moved(),
             visits: self.progress.visits(),
@@ -148,6 +161,18 @@ impl<'a, F: SpteFormat> Watch<'a, F> {
         self.samples.push(sample);
         self.draw(&sample)?;
         Ok(sample)
+    }
+
+    /// Pages by generation and the working set; `None` while a pass changes them.
+    fn ages(&self) -> Option<([u64; GENERATIONS], u64)> {
+        let begun = self.progress.is_looking();
+        let histogram = Histogram::of(self.table, self.clock.elapsed().as_millis() as u64);
+        let mut generations = [0; GENERATIONS];
+        for (pages, bin) in generations.iter_mut().zip(histogram.bins().rev()) {
+            *pages = bin.pages();
+        }
+        let set = WorkingSet::of(self.table, 1).map_or(0, |set| set.pages);
+        (!begun && !self.progress.is_looking()).then_some((generations, set))
     }
 
     /// Redraw the live view, if there is one and it is time.
