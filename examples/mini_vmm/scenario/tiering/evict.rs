@@ -49,6 +49,8 @@ pub struct Plan {
     pub trial: Trial,
     /// Time between two passes, while there is something to do.
     pub every: Duration,
+    /// Time that a vCPU needs to use a page again whose accessed bit was cleared.
+    pub walk: Duration,
     /// Of what is random.
     pub seed: u64,
 }
@@ -84,6 +86,10 @@ pub struct Tierer<'a, F: SpteFormat> {
     clock: Instant,
     plan: Plan,
     pace: Pace,
+    /// Time until the next pass.
+    until_pass: Duration,
+    /// Pages that the last pass found used.
+    young: u64,
     refaults: Refaults,
     random: Random,
     /// Asks about pages, while `hand` takes them.
@@ -109,7 +115,9 @@ impl<'a, F: SpteFormat> Tierer<'a, F> {
             progress,
             clock,
             plan,
-            pace: Pace::new(plan.every),
+            pace: Pace::new(plan.every, plan.walk, vmm.shape.vcpus),
+            until_pass: Duration::ZERO,
+            young: 0,
             refaults: Refaults::new(vmm.shape.pages)?,
             random: Random::new(plan.seed),
             eye: vmm.actor()?,
@@ -118,23 +126,34 @@ impl<'a, F: SpteFormat> Tierer<'a, F> {
         })
     }
 
-    /// Do its duty until told to stop.
+    /// Do its duty until told to stop; the next call goes on where this one ended.
     pub fn work(&mut self, duty: Duty, stop: &AtomicBool) -> Result<(), Error> {
         while !stop.load(Ordering::Relaxed) {
+            let begun = Instant::now();
             let mut turn = self.welcome()?;
-            self.pass()?;
+            if self.until_pass.is_zero() {
+                let young = self.pass()?;
+                self.until_pass = self.pace.pass(young);
+            }
             if duty == Duty::Tier {
                 turn.gone = self.evict()?;
                 self.tally.thrashed += u64::from(self.pace.after(&turn));
                 self.progress.took_turn();
+                // It may be worth more by now.
+                self.until_pass = self.until_pass.min(self.between_passes());
             }
-            let next =
-                Instant::now() + if duty == Duty::Tier { self.pace.now() } else { self.plan.every };
-            while !stop.load(Ordering::Relaxed) && Instant::now() < next {
+            let end = Instant::now() + self.pace.turn();
+            while !stop.load(Ordering::Relaxed) && Instant::now() < end {
                 std::thread::sleep(NAP.min(self.plan.every));
             }
+            self.until_pass = self.until_pass.saturating_sub(begun.elapsed());
         }
         Ok(())
+    }
+
+    /// The time from one pass to the next, as things are.
+    pub fn between_passes(&self) -> Duration {
+        self.pace.pass(self.young)
     }
 
     /// Pages that came back: free their room in the file, and tell the table where they belong.
@@ -142,33 +161,35 @@ impl<'a, F: SpteFormat> Tierer<'a, F> {
         let arrived = self.hand.tier.tidy()?;
         let mut editor = self.table.edit()?;
         let max_seq = self.table.window().max_seq();
-        let mut turn = Turn { back: arrived.len() as u64, ..Turn::default() };
+        let pages = self.hand.vmm.shape.pages;
+        let here = pages - self.hand.tier.away();
+        let mut turn = Turn { pages, here, back: arrived.len() as u64, ..Turn::default() };
         for page in arrived {
             let gfn = Gfn::new(DATA_GFN + page);
             let refault = self.refaults.refault(gfn, max_seq);
-            let early = refault.is_some_and(|refault| refault.is_recent());
-            turn.early += u64::from(early);
+            let recent = refault.filter(|refault| refault.is_recent());
+            // A little more memory, and it had not gone.
+            turn.early += u64::from(recent.is_some_and(|refault| refault.is_within(here)));
             self.tally.distances.extend(refault.map(|refault| refault.distance));
-            let arrival = if early { Arrival::WorkingSet } else { Arrival::New };
+            let arrival = if recent.is_some() { Arrival::WorkingSet } else { Arrival::New };
             let _ = editor.insert(GfnRange::from_len(gfn, 1), Level::L1, arrival);
         }
         self.tally.early += turn.early;
-        turn.pages = self.hand.vmm.shape.pages;
-        turn.here = turn.pages - self.hand.tier.away();
         Ok(turn)
     }
 
-    /// Look at all pages once and open a generation.
-    fn pass(&mut self) -> Result<(), Error> {
+    /// Look at all pages once and open a generation. Returns how many were used.
+    fn pass(&mut self) -> Result<u64, Error> {
         let begun = Instant::now();
         let mut pass = AgePass::start(self.table, AgeMode::ClearFlush)?;
         self.progress.looking(true);
         while pass.step(&*self.hand.vmm.mmu, &mut self.eye, STEP).next.is_some() {}
-        let _ = pass.finish(self.clock.elapsed().as_millis() as u64);
+        let report = pass.finish(self.clock.elapsed().as_millis() as u64);
         self.progress.looking(false);
         self.refaults.age_counts();
         self.tally.pass_ns.push(begun.elapsed().as_nanos() as u64);
-        Ok(())
+        self.young = report.counts.young;
+        Ok(self.young)
     }
 
     /// Take pages away. Returns how many are gone.
@@ -262,11 +283,11 @@ impl<F: SpteFormat> Hand<'_, F> {
         let _ = self.vmm.mmu.unmap_in(&mut self.actor, &invalidation, gfns);
         self.tier.leave(pages.clone());
         drop(invalidation);
-        self.linger();
         if self.trial != Trial::CopyFirst {
+            self.linger();
             self.tier.write(pages.clone())?;
+            self.linger();
         }
-        self.linger();
         if self.trial == Trial::DropTakenBack {
             self.tier.drop_taken_back(pages.clone());
         }

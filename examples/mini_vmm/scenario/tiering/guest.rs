@@ -15,8 +15,6 @@ use crate::host::DATA_GFN;
 use crate::machine::{Command, Op, PAGE};
 use crate::vmm::{Error, Vmm, VmmVcpu};
 
-/// Pages visited by one command: a millisecond or a few.
-const VISITS: u64 = 1 << 16;
 /// Where the count of a page stands.
 const COUNT: u64 = 8;
 
@@ -29,6 +27,8 @@ pub struct Heat {
     pub scattered: bool,
     /// Time between two cold pages that a vCPU reads.
     pub cold_every: Duration,
+    /// Pages visited by one command, at least those that are hot.
+    pub visits: u64,
 }
 
 /// The hot pages of one vCPU in one phase: so many from the first, `stride` apart.
@@ -67,9 +67,9 @@ impl Hot {
         steps.is_some_and(|steps| steps / self.stride < self.pages)
     }
 
-    fn command(&self, rounds: u64) -> Command {
+    fn command(&self, op: Op, rounds: u64) -> Command {
         Command {
-            op: Op::Increment,
+            op,
             start: (DATA_GFN + self.first) * PAGE,
             pages: self.pages,
             stride: self.stride,
@@ -187,6 +187,12 @@ impl Guest {
         Ok((report.pages, report.mismatches))
     }
 
+    /// Read the hot pages of a vCPU once.
+    pub fn look<F: SpteFormat>(&self, vcpu: &mut VmmVcpu<F>) -> Result<u64, Error> {
+        let hot = self.heat.of(vcpu.vmm(), vcpu.id, 0);
+        Ok(vcpu.run(&hot.command(Op::Read, 1))?.pages)
+    }
+
     /// Count in hot pages until told to stop. Returns how many cold pages held something else than
     /// was written there.
     pub fn run<F: SpteFormat>(
@@ -202,8 +208,8 @@ impl Guest {
         while !progress.is_stopped() {
             let phase = progress.phase();
             let hot = self.heat.of(vcpu.vmm(), vcpu.id, phase);
-            let turns = (VISITS / hot.pages).max(1);
-            let visited = vcpu.run(&hot.command(turns))?.pages;
+            let turns = (self.heat.visits / hot.pages).max(1);
+            let visited = vcpu.run(&hot.command(Op::Increment, turns))?.pages;
             rounds.resize(rounds.len().max(phase as usize + 1), 0);
             rounds[phase as usize] += turns;
             progress.visits.fetch_add(visited, Ordering::Relaxed);

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use lru_age::AgeTable;
 use mmu_core::spte::SpteFormat;
+use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 
 use super::{Builder, Error, Report, Shape};
 use crate::cli::Trial;
@@ -49,13 +50,21 @@ const LIMIT_PERCENT: u64 = 130;
 const PHASES: u64 = 2;
 /// Pairs of runs with and without aging.
 const PAIRS: usize = 5;
-/// A run of a pair, and the time for which a phase goes on when it is where it should be: so many
-/// times the time between two passes.
+/// A run of a pair, and the time for which a phase goes on when it is where it should be: at least
+/// so many times the time between two turns.
 const RUN_PASSES: u32 = 4;
+/// A run of a pair takes no longer than this.
+const RUN_AT_MOST: Duration = Duration::from_secs(4);
 /// Time that a phase may take.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
+/// How often the cost of using a page again is measured.
+const WALKS: u32 = 3;
 /// Pages are taken away so many times in a trial.
 const TRIAL_TURNS: u64 = 24;
+/// Pages that a vCPU visits in one command: a millisecond or a few.
+const VISITS: u64 = 1 << 16;
+/// The same where somebody waits for the ends of commands.
+const VISITS_DISTURBED: u64 = 1 << 12;
 /// Time between two cold pages that a vCPU reads.
 const COLD_EVERY: Duration = Duration::from_millis(50);
 
@@ -102,6 +111,28 @@ impl<F: SpteFormat> Stage<F> {
         done
     }
 
+    /// Time that a vCPU needs to use a page again whose accessed bit was cleared and flushed: the
+    /// least of a few times, by hot pages.
+    fn walk(&mut self) -> Result<Duration, Error> {
+        let Self { vmm, vcpus, guest, .. } = self;
+        let mut actor = vmm.actor()?;
+        let mut look = || {
+            let begun = Instant::now();
+            let pages: u64 = vmm.on_all(vcpus, |vcpu| guest.look(vcpu))?.iter().sum();
+            Ok::<_, Error>((begun.elapsed(), pages / u64::from(vmm.shape.vcpus)))
+        };
+        let mut least = Duration::MAX;
+        for _ in 0..WALKS {
+            let (warm, _) = look()?;
+            let request = AgeRequest::new(vmm.all_gfns(), AgeMode::ClearFlush);
+            let _ = vmm.mmu.age(&mut actor, request, &mut CountOnly);
+            let (cold, pages) = look()?;
+            let walk = cold.saturating_sub(warm).as_nanos() / u128::from(pages.max(1));
+            least = least.min(Duration::from_nanos(walk as u64));
+        }
+        Ok(least)
+    }
+
     /// Pages that the guest visits each second, in a run of `time`.
     fn speed(&mut self, time: Duration) -> Result<f64, Error> {
         let before = self.progress.visits();
@@ -146,12 +177,17 @@ struct Bench<'a, F: SpteFormat> {
 pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     let options = builder.options;
     let begun = Instant::now();
-    let pages = builder.pages(64 << 20, 64 << 20);
+    let pages = builder.pages(32 << 20, 64 << 20);
     let trial = match options.trial {
         Trial::Cold if options.disturb => Trial::Disturbed,
         trial => trial,
     };
-    let heat = Heat { percent: options.hot, scattered: options.random, cold_every: COLD_EVERY };
+    let heat = Heat {
+        percent: options.hot,
+        scattered: options.random,
+        cold_every: COLD_EVERY,
+        visits: if trial.is_disturbed() { VISITS_DISTURBED } else { VISITS },
+    };
     let every = Duration::from_millis(options.interval);
     let shape =
         Shape { forget_flushes: trial == Trial::ForgetFlushes, ..Shape::new(options.vcpus, pages) };
@@ -162,7 +198,8 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     };
     let full_speed = still.as_mut().map_or(Ok(0.0), |still| still.speed(every * RUN_PASSES))?;
 
-    let stage = Stage::new(builder, shape, heat)?;
+    let mut stage = Stage::new(builder, shape, heat)?;
+    let walk = stage.walk()?;
     let (vmm, progress) = (Arc::clone(&stage.vmm), Arc::clone(&stage.progress));
     let folder = options.slow.clone().unwrap_or_else(std::env::temp_dir);
     let first = vmm.layout.data.start;
@@ -173,7 +210,7 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     let mut table = AgeTable::new(0);
     table.add_range(vmm.all_gfns())?;
     let clock = Instant::now();
-    let plan = Plan { trial, every, seed: options.seed };
+    let plan = Plan { trial, every, walk, seed: options.seed };
     let hot = heat.pages(&vmm, 0);
     let limit = hot * PAGE * LIMIT_PERCENT / 100;
     let mut bench = Bench {
@@ -185,6 +222,7 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
         every,
     };
     bench.report.count("hot_pages", hot);
+    bench.report.metric("use_after_clearing_us_per_page", walk.as_secs_f64() * 1e6);
     if trial.is_disturbed() {
         bench.disturb()?;
     } else {
@@ -278,7 +316,8 @@ impl<F: SpteFormat> Bench<'_, F> {
     /// Compare the guest's speed with that of a VM that nobody ages.
     fn pairs(&mut self, mut still: Stage<F>) -> Result<(), Error> {
         let Self { stage, tierer, watch, every, report, .. } = self;
-        let time = *every * RUN_PASSES;
+        // At least one pass in each.
+        let time = tierer.between_passes().clamp(*every * RUN_PASSES, RUN_AT_MOST);
         let mut ratios = Vec::new();
         for pair in 0..PAIRS {
             let mut tiered = || beside(tierer, Duty::Tier, |_| stage.speed(time));

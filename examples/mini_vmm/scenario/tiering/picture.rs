@@ -195,7 +195,7 @@ fn draw_names(area: &Area<'_>, names: &[(&str, Key)]) -> Result<(), Failure> {
 
 fn draw_guest(area: &Area<'_>, scene: &Scene<'_>, speeds: &[Speed]) -> Result<(), Failure> {
     let percent = |speed: &Speed| speed.visits / scene.full_speed.max(1.0) * 100.0;
-    let top = speeds.iter().map(percent).fold(110.0, f64::max).min(200.0);
+    let top = speeds.iter().map(percent).fold(110.0, f64::max).min(150.0);
     let mut chart = ChartBuilder::on(area)
         .margin_right(NAMES)
         .margin_left(10)
