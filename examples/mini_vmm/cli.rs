@@ -48,6 +48,29 @@ pub enum Tracking {
     HardwareLog,
 }
 
+/// How a tiered VM's pages are taken away. The last three are wrong, to see that it shows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Trial {
+    /// Take cold pages away.
+    #[default]
+    Cold,
+    /// Take any pages away, hot ones too, and linger wherever faults can meet them.
+    Disturbed,
+    /// The same, and copy pages before they are unmapped. Loses what is written in between.
+    CopyFirst,
+    /// The same, and give the memory of pages back that faults took back. Loses them.
+    DropTakenBack,
+    /// As `Disturbed`, and throw flushes away.
+    ForgetFlushes,
+}
+
+impl Trial {
+    /// Are the pages chosen without regard to their age?
+    pub fn is_disturbed(self) -> bool {
+        self != Self::Cold
+    }
+}
+
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -99,6 +122,14 @@ pub struct Options {
     pub to: Option<String>,
     /// Seconds that a peer may take for a frame.
     pub timeout: u64,
+    /// Share of the pages that are hot, in percent.
+    pub hot: u64,
+    /// Milliseconds between two aging passes.
+    pub interval: u64,
+    /// Folder of the slow tier's file; `None`: that of temporary files.
+    pub slow: Option<PathBuf>,
+    /// How pages are taken away; other than the default only in tests.
+    pub trial: Trial,
 }
 
 impl Options {
@@ -129,6 +160,10 @@ impl Options {
             listen: None,
             to: None,
             timeout: 10,
+            hot: 25,
+            interval: 250,
+            slow: None,
+            trial: Trial::default(),
         }
     }
 }
@@ -146,6 +181,7 @@ scenarios
     stress             faults, zaps, aging, slot deletion and re-creation at once
     dirty-log          which pages were written: enable, harvest under writing vCPUs, disable
     migrate            a running VM moves into another process, or within this one
+    tiering            cold memory of a running guest goes to a file, and comes back when used
 
 options
     --vcpus N          number of vCPUs (2)
@@ -165,9 +201,13 @@ options
     --slots N          memory slots (1)
     -e                 dirty-log: vCPUs run on while logging is disabled
     --disturb          dirty-log: unmap, age and drop roots while vCPUs write and pages are
-                       harvested
+                       harvested; tiering: take any pages away, hot ones too
+    --hot N            tiering: share of the pages that is hot, in percent (25)
+    --interval N       tiering: milliseconds between two aging passes (250)
+    --slow FOLDER      tiering: where the file with the cold pages is (the temporary folder)
     -o                 vCPUs visit each other's pages too (dirty-log, migrate)
-    --random           vCPUs visit their pages in a pseudo-random order
+    --random           vCPUs visit their pages in a pseudo-random order; tiering: hot pages lie
+                       scattered
     --listen ADDR      migrate: take a VM here, such as 127.0.0.1:7000
     --to ADDR          migrate: send a VM there; without both, both ends in one command
     --timeout N        migrate: seconds that a peer may take for a frame (10)
@@ -177,7 +217,7 @@ options
 ";
 
 /// Scenarios whose names are reserved and that have not landed.
-pub const NOT_YET: [&str; 4] = ["tiering", "passthrough", "shadow", "nested"];
+pub const NOT_YET: [&str; 3] = ["passthrough", "shadow", "nested"];
 
 /// Parse the arguments.
 pub fn parse() -> Result<Options, String> {
@@ -206,6 +246,9 @@ pub fn parse() -> Result<Options, String> {
             Long("delay") => options.delay = Some(number(&text(&mut parser)?, 0, 1 << 20)?),
             Long("slots") => options.slots = number(&text(&mut parser)?, 1, 256)?,
             Long("timeout") => options.timeout = number(&text(&mut parser)?, 1, 3600)?,
+            Long("hot") => options.hot = number(&text(&mut parser)?, 1, 90)?,
+            Long("interval") => options.interval = number(&text(&mut parser)?, 1, 60_000)?,
+            Long("slow") => options.slow = Some(text(&mut parser)?.into()),
             Long("listen") => options.listen = Some(text(&mut parser)?),
             Long("to") => options.to = Some(text(&mut parser)?),
             Long("mode") => {

@@ -1,13 +1,13 @@
 //! The VMM as the MMU's embedder: frames, flushes with completion, page resolution.
 //!
 //! Owns [`VmmHost`], which implements the traits an embedder implements, [`Gates`], the
-//! handshake between vCPU threads and a request to reload roots, and [`Pause`], by which somebody
-//! gets to see a VM that stands still.
+//! handshake between vCPU threads and a request to reload roots, [`Pause`], by which somebody gets
+//! to see a VM that stands still, and [`Pager`], who knows which pages are not in memory.
 
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use mmu_core::access::Access;
@@ -165,6 +165,19 @@ impl Drop for Paused<'_> {
     }
 }
 
+/// Knows which data pages are in memory, and brings the others in.
+pub trait Pager: Send + Sync {
+    /// Is this data page in memory, and may be mapped until an invalidation says otherwise?
+    fn is_here(&self, page: u64) -> bool;
+
+    /// Bring in a page that is not here. May return without it when somebody else is at it: ask
+    /// again. Called with nothing held; may sleep.
+    ///
+    /// # Errors
+    /// Its contents are lost.
+    fn bring_in(&self, page: u64) -> Result<(), super::vmm::Error>;
+}
+
 /// The embedder.
 pub struct VmmHost {
     machine: Arc<dyn Machine>,
@@ -177,6 +190,8 @@ pub struct VmmHost {
     level: Level,
     /// Tests of the tests: flushes are thrown away.
     forget_flushes: bool,
+    /// Once there is one; else all pages are in memory.
+    pager: OnceLock<Arc<dyn Pager>>,
 }
 
 impl VmmHost {
@@ -204,7 +219,22 @@ impl VmmHost {
         let arena = unsafe { Arena::from_raw_parts(start, frames, Pfn::new(layout.tables.start)) }?;
         let base = memory.base as u64;
         let layout = layout.clone();
-        Ok(Self { machine, arena, layout, gates, base, level, forget_flushes })
+        let pager = OnceLock::new();
+        Ok(Self { machine, arena, layout, gates, base, level, forget_flushes, pager })
+    }
+
+    /// From now on `pager` says which pages are in memory. True if it is the first to do so.
+    pub fn set_pager(&self, pager: Arc<dyn Pager>) -> bool {
+        self.pager.set(pager).is_ok()
+    }
+
+    /// Bring in the page behind `gfn`, for which [`resolve`](PfnResolver::resolve) said that it
+    /// must be read first.
+    pub fn bring_in(&self, gfn: Gfn) -> Result<(), super::vmm::Error> {
+        match (self.pager.get(), gfn.get().checked_sub(DATA_GFN)) {
+            (Some(pager), Some(page)) => pager.bring_in(page),
+            _ => Err(format!("gfn {gfn}: nobody knows where its page is").into()),
+        }
     }
 
     /// Where physical page `page` is mapped in the VMM: what a slot's `hva` is.
@@ -297,6 +327,13 @@ impl PfnResolver for VmmHost {
     fn resolve(&self, slot: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {
         let hva = slot.hva_of(gfn).ok_or(ResolveError::NoMemory)?;
         let page = (hva.get() - self.base) / PAGE;
+        if let (Some(pager), Some(data)) =
+            (self.pager.get(), page.checked_sub(self.layout.data.start))
+        {
+            if !pager.is_here(data) {
+                return Err(ResolveError::NeedsIo);
+            }
+        }
         Ok(HostPage { pfn: Pfn::new(page), writable: true, level: self.level })
     }
 }

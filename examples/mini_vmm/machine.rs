@@ -8,7 +8,11 @@
 //! MMU under test; the machine's physical page numbers (offsets into [`Memory`]) are its `Pfn`s.
 
 use std::fmt;
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes in a page.
@@ -56,6 +60,67 @@ impl Memory {
         // ORDERING[guest-data]: Release. Pairs with the loads of guests and of `load`.
         self.word(at).store(value, Ordering::Release);
     }
+}
+
+/// The host memory that a machine's memory is made of: a file without a name, to be mapped.
+#[derive(Debug)]
+pub struct MemFd(File);
+
+impl MemFd {
+    /// `bytes` zeroes. They cost host memory when they are first touched.
+    pub fn new(bytes: u64) -> Result<Self, MachineError> {
+        // SAFETY: the name is a NUL-terminated literal; nothing else is passed by pointer.
+        let fd = unsafe { libc::memfd_create(c"mini_vmm".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            let source = io::Error::last_os_error();
+            return Err(MachineError::System { call: "memfd_create", source });
+        }
+        // SAFETY: `fd` is open, fresh, and owned by nobody else.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        file.set_len(bytes).map_err(|source| MachineError::System { call: "ftruncate", source })?;
+        Ok(Self(file))
+    }
+
+    /// Bytes of host memory that it occupies now.
+    pub fn allocated(&self) -> Result<u64, MachineError> {
+        blocks(&self.0)
+    }
+
+    /// Give the host memory of `bytes` back, whatever maps it; they are zeroes from then on.
+    pub fn give_back(&self, bytes: Range<u64>) -> Result<(), MachineError> {
+        // Not MADV_DONTNEED: of shared memory that forgets translations and frees nothing.
+        punch(&self.0, bytes)
+    }
+}
+
+impl AsRawFd for MemFd {
+    fn as_raw_fd(&self) -> i32 {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Bytes that a file occupies, which are fewer than its length where it has holes.
+pub fn blocks(file: &File) -> Result<u64, MachineError> {
+    let metadata = file.metadata();
+    let metadata = metadata.map_err(|source| MachineError::System { call: "fstat", source })?;
+    Ok(metadata.blocks() * 512)
+}
+
+/// Make a hole of `bytes` of a file: they are zeroes from then on, and what held them is free.
+pub fn punch(file: &File, bytes: Range<u64>) -> Result<(), MachineError> {
+    let (Ok(start), Ok(len)) = (bytes.start.try_into(), (bytes.end - bytes.start).try_into())
+    else {
+        return Err(MachineError::Unsupported { detail: format!("a hole at {bytes:#x?}") });
+    };
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: takes numbers only; what the file's mappings hold changes, which is accessed
+    // atomically, as it is by everybody who shares it.
+    let failed = unsafe { libc::fallocate(file.as_raw_fd(), mode, start, len) };
+    if failed != 0 {
+        let source = io::Error::last_os_error();
+        return Err(MachineError::System { call: "fallocate(PUNCH_HOLE)", source });
+    }
+    Ok(())
 }
 
 /// Where things stand in physical memory. Decided by the scenario, obeyed by the machine.
@@ -275,6 +340,17 @@ pub trait Machine: Send + Sync {
     /// that the MMU asks for.
     fn has_huge_pages(&self) -> bool {
         true
+    }
+
+    /// Bytes of host memory that the machine's memory occupies now.
+    fn allocated(&self) -> Result<u64, MachineError> {
+        Err(MachineError::Unsupported { detail: "a count of the host memory in use".into() })
+    }
+
+    /// Give the host memory of these physical pages back: what they hold is lost, and they are
+    /// zeroes when they are touched again. No vCPU has a translation that leads to one.
+    fn give_back(&self, pages: &Range<u64>) -> Result<(), MachineError> {
+        Err(MachineError::Unsupported { detail: format!("giving pages {pages:x?} back") })
     }
 
     /// Linear pages that must be mapped, supervisor and user, to these physical pages in every

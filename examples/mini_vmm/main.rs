@@ -99,6 +99,7 @@ fn tour(options: &Options) -> Result<bool, vmm::Error> {
         let mut one = options.clone();
         one.memory = one.memory.or(Some(16 << 20));
         one.seconds = one.seconds.min(3);
+        one.interval = one.interval.min(50);
         let report = scenario::run(name, &one)?;
         report.print();
         reports.push(report);

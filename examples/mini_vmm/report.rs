@@ -43,6 +43,8 @@ pub struct Report {
     pub metrics: Vec<(String, f64)>,
     /// What `--plot` draws: title, x and y labels, series.
     pub plot: Option<(String, String, String, Vec<Series>)>,
+    /// What it draws instead, where there is a picture made for the scenario.
+    pub svg: Option<String>,
 }
 
 impl Report {
@@ -58,6 +60,7 @@ impl Report {
             counters: Vec::new(),
             metrics: Vec::new(),
             plot: None,
+            svg: None,
         }
     }
 
@@ -140,6 +143,10 @@ impl Report {
     /// Draw the scenario's picture.
     pub fn draw(&self, path: &Path) -> Result<(), String> {
         use plotters::prelude::*;
+        if let Some(svg) = &self.svg {
+            return std::fs::write(path, svg)
+                .map_err(|error| format!("{}: {error}", path.display()));
+        }
         let Some((title, x_label, y_label, series)) = &self.plot else {
             return Err(format!("{} has nothing to draw", self.scenario));
         };

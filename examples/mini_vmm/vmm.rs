@@ -11,10 +11,11 @@ use std::time::Instant;
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Hva, Level};
 use mmu_core::dirty::DirtyRing;
-use mmu_core::fault::{FaultOutcome, PageFault};
+use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
 use mmu_core::slot::{LogOptions, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::{SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
+use mmu_core::traits::ResolveError;
 use mmu_core::vm::{Actor, VmCore};
 use tdp_mmu::{DirtyTracking, TdpMmu, TdpOptions, TdpVcpu};
 
@@ -532,7 +533,14 @@ impl<F: SpteFormat> VmmVcpu<F> {
         let code = PfErrorCode::from_bits_retain(u64::from(error));
         let fault = PageFault::new(Gpa::new(gva), code);
         let begun = self.handling_ns.is_some().then(Instant::now);
-        let outcome = self.tdp.fault(&fault)?;
+        let outcome = loop {
+            match self.tdp.fault(&fault) {
+                Err(FaultError::Resolve { gfn, source: ResolveError::NeedsIo }) => {
+                    self.vmm.mmu.vm().host().bring_in(gfn)?;
+                }
+                known => break known?,
+            }
+        };
         if let (Some(begun), Some(times)) = (begun, &mut self.handling_ns) {
             times.push(begun.elapsed().as_nanos() as u64);
         }

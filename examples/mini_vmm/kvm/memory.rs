@@ -7,15 +7,14 @@
 //!
 //! Guest and VMM use the memory at the same time, so it is accessed with atomics only.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::{mem, ptr};
 
-use super::super::machine::{MachineError, Memory, PAGE};
+use super::super::machine::{MachineError, MemFd, Memory, PAGE};
 
 /// The error of the system call that just failed.
 pub(super) fn last_error(call: &'static str) -> MachineError {
@@ -114,6 +113,7 @@ impl Drop for Mapping {
 pub(super) struct GuestMemory {
     base: Mapping,
     alias: Mapping,
+    file: MemFd,
     pages: u64,
 }
 
@@ -124,17 +124,25 @@ impl GuestMemory {
             pages.checked_mul(PAGE).filter(|bytes| isize::try_from(*bytes).is_ok()).ok_or_else(
                 || MachineError::Unsupported { detail: format!("a memory of {pages} pages") },
             )?;
-        // SAFETY: the name is a NUL-terminated literal; nothing else is passed by pointer.
-        let fd = unsafe { libc::memfd_create(c"mini_vmm".as_ptr(), libc::MFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(last_error("memfd_create"));
-        }
-        // SAFETY: `fd` is open, fresh, and owned by nobody else.
-        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
-        file.set_len(bytes).map_err(|source| MachineError::System { call: "ftruncate", source })?;
-        // The mappings keep the memfd alive: the descriptor itself is not needed any longer.
+        let file = MemFd::new(bytes)?;
         let len = bytes as usize;
-        Ok(Self { base: Mapping::aligned(&file, len)?, alias: Mapping::new(&file, len)?, pages })
+        let (base, alias) = (Mapping::aligned(&file, len)?, Mapping::new(&file, len)?);
+        Ok(Self { base, alias, file, pages })
+    }
+
+    /// Bytes of host memory in use.
+    pub(super) fn allocated(&self) -> Result<u64, MachineError> {
+        self.file.allocated()
+    }
+
+    /// Gives the host memory of these physical pages back. The kernel takes them out of both
+    /// mappings, and so out of KVM, by itself. Pages beyond the memory are ignored.
+    pub(super) fn give_back(&self, pages: &Range<u64>) -> Result<(), MachineError> {
+        let end = pages.end.min(self.pages);
+        if pages.start >= end {
+            return Ok(());
+        }
+        self.file.give_back(pages.start * PAGE..end * PAGE)
     }
 
     /// The VMM's view.

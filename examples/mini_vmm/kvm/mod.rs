@@ -20,6 +20,7 @@ mod memory;
 mod stub;
 mod vcpu;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
@@ -177,6 +178,14 @@ impl Machine for KvmMachine {
         // KVM keeps shadows of the guest's tables by their place; a 2M entry that changes from the
         // VMM's side, unseen, corrupts kernels before the fixes of 2026.
         self.shared.paging == HostPaging::TwoDimensional
+    }
+
+    fn allocated(&self) -> Result<u64, MachineError> {
+        self.shared.memory.allocated()
+    }
+
+    fn give_back(&self, pages: &Range<u64>) -> Result<(), MachineError> {
+        self.shared.memory.give_back(pages)
     }
 
     fn pinned(&self) -> Vec<(u64, u64, u64)> {

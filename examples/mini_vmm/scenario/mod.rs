@@ -5,6 +5,7 @@ mod demand_paging;
 mod dirty_log;
 mod migration;
 mod stress;
+mod tiering;
 
 use std::sync::Arc;
 
@@ -25,7 +26,8 @@ use super::workload::Workload;
 const RING_BYTES: u64 = 16 << 10;
 
 /// Scenarios in the order of the tour.
-pub const NAMES: [&str; 5] = ["demand-paging", "access-tracking", "stress", "dirty-log", "migrate"];
+pub const NAMES: [&str; 6] =
+    ["demand-paging", "access-tracking", "stress", "dirty-log", "migrate", "tiering"];
 
 /// Run one scenario.
 pub fn run(name: &str, options: &Options) -> Result<Report, Error> {
@@ -49,6 +51,7 @@ fn run_as<F: SpteFormat>(
         "stress" => stress::run(&builder),
         "dirty-log" => dirty_log::run(&builder),
         "migrate" => migration::run(&builder),
+        "tiering" => tiering::run(&builder),
         other => Err(format!("no scenario {other}; there are {}", NAMES.join(", ")).into()),
     }
 }

@@ -10,13 +10,15 @@
 mod vcpu;
 
 use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mmu_model::{Caches, Format, MappedMem, Mode, SoftCpu};
 
-use super::machine::{Flush, Layout, Machine, MachineError, Memory, PAGE, Vcpu};
+use super::machine::{Flush, Layout, Machine, MachineError, MemFd, Memory, PAGE, Vcpu};
 use vcpu::SoftVcpu;
 
 /// One vCPU's processor.
@@ -43,12 +45,13 @@ impl Core {
 /// that a 2 MiB page needs them to.
 const ALIGN: usize = 2 << 20;
 
-/// Anonymous shared memory, unmapped on drop.
+/// Shared memory, unmapped on drop.
 #[derive(Debug)]
 struct Mapping {
     memory: Memory,
-    /// What was mapped: from here so many bytes.
+    /// What was mapped: from here so many bytes, which are the file's.
     mapped: (*mut u8, usize),
+    file: MemFd,
 }
 
 // SAFETY: a mapping belongs to the process, not to a thread; its bytes are accessed atomically.
@@ -64,14 +67,15 @@ impl Mapping {
         let (bytes, len) = fitting.ok_or_else(|| MachineError::Unsupported {
             detail: format!("a memory of {pages} pages"),
         })?;
+        let file = MemFd::new(len as u64)?;
         // SAFETY: a new mapping at a place the kernel chooses touches no memory that exists.
         let base = unsafe {
             libc::mmap(
                 ptr::null_mut(),
                 len,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
+                libc::MAP_SHARED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
                 0,
             )
         };
@@ -84,7 +88,18 @@ impl Mapping {
         let start: *mut u8 = base.cast();
         let aligned = start.wrapping_add(start.align_offset(ALIGN));
         let memory = Memory { base: aligned, len: bytes };
-        Ok(Self { memory, mapped: (start, len) })
+        Ok(Self { memory, mapped: (start, len), file })
+    }
+
+    /// Gives the host memory of these pages back; those beyond the memory are ignored.
+    fn give_back(&self, pages: &Range<u64>) -> Result<(), MachineError> {
+        let end = pages.end.min(self.memory.len / PAGE);
+        if pages.start >= end {
+            return Ok(());
+        }
+        // The file begins where the mapping does, a little before the memory.
+        let before = self.memory.base as u64 - self.mapped.0 as u64;
+        self.file.give_back(before + pages.start * PAGE..before + end * PAGE)
     }
 }
 
@@ -241,6 +256,14 @@ impl Machine for SoftMachine {
         // ORDERING[soft-kick]: Release. Pairs with the Acquire in `SoftVcpu::run`: what was stored
         // before the kick is seen by the owner of a vCPU that comes out.
         self.shared.kicks.fetch_add(1, Ordering::Release);
+    }
+
+    fn allocated(&self) -> Result<u64, MachineError> {
+        self.shared.mapping.file.allocated()
+    }
+
+    fn give_back(&self, pages: &Range<u64>) -> Result<(), MachineError> {
+        self.shared.mapping.give_back(pages)
     }
 
     fn pinned(&self) -> Vec<(u64, u64, u64)> {
