@@ -4,6 +4,7 @@ mod access_tracking;
 mod demand_paging;
 mod dirty_log;
 mod migration;
+mod nested;
 mod stress;
 
 use std::sync::Arc;
@@ -29,6 +30,9 @@ pub const NAMES: [&str; 5] = ["demand-paging", "access-tracking", "stress", "dir
 
 /// Run one scenario.
 pub fn run(name: &str, options: &Options) -> Result<Report, Error> {
+    if name == "nested" {
+        return nested::run(options);
+    }
     match options.format {
         FormatChoice::Legacy => run_as::<Legacy>(name, options, Capabilities::legacy()),
         FormatChoice::Npt => run_as::<Npt>(name, options, Capabilities::npt()),
