@@ -9,6 +9,10 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::Duration;
 
+use acpi_tables::Aml;
+use acpi_tables::madt::{EnabledStatus, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::xsdt::XSDT;
 use kvm_bindings::{CpuId, Msrs, kvm_msr_entry, kvm_pit_config, kvm_segment};
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -35,6 +39,10 @@ const INFO: u64 = TOLD;
 const MEMORY_MAP: u64 = TOLD + 0x100;
 const COMMAND_LINE: u64 = TOLD + 0x200;
 const COMMAND_LINE_BYTES: usize = 0x800;
+/// ACPI's root pointer, and the tables behind it.
+const ROOT_POINTER: u64 = TOLD + 0x1000;
+const ROOT_TABLE: u64 = TOLD + 0x1100;
+const CPU_TABLE: u64 = TOLD + 0x1200;
 /// PC memory: a hole from 640 KiB to 1 MiB.
 const LOW_END: u64 = 0xa_0000;
 const HIGH: u64 = 1 << 20;
@@ -48,6 +56,11 @@ const RESERVED: u32 = 2;
 /// Where KVM may keep three pages and one of its own for a VMX processor in real mode.
 const TASK_PAGES: usize = 0xfffb_d000;
 const IDENTITY_MAP: u64 = 0xfffb_c000;
+
+/// Where a CPU's local APIC is, and who made ACPI's tables.
+const APIC: u32 = 0xfee0_0000;
+const OEM: [u8; 6] = *b"MINIVM";
+const OEM_TABLE: [u8; 8] = *b"NESTED  ";
 
 /// IA32_FEATURE_CONTROL as firmware leaves it: locked, VMX outside SMX.
 const VMX_ENABLED: u64 = 0b101;
@@ -264,12 +277,31 @@ impl Vm {
         let mut info = Vec::new();
         // Magic, version, flags, number of modules.
         [INFO_MAGIC, INFO_VERSION, 0, 0].iter().for_each(|word| info.extend(word.to_le_bytes()));
-        // Modules, command line, ACPI's root pointer (none), memory map.
-        let pointers = [0, COMMAND_LINE, 0, MEMORY_MAP];
+        // Modules, command line, ACPI's root pointer, memory map.
+        let pointers = [0, COMMAND_LINE, ROOT_POINTER, MEMORY_MAP];
         pointers.iter().for_each(|word| info.extend(word.to_le_bytes()));
         [ranges.len() as u32, 0].iter().for_each(|word| info.extend(word.to_le_bytes()));
         self.memory.store_bytes(INFO, &info);
+        self.list_cpus(config.vcpus);
         Ok(())
+    }
+
+    /// Puts down the ACPI tables that say which CPUs there are.
+    fn list_cpus(&self, vcpus: u32) {
+        let mut cpus = MADT::new(OEM, OEM_TABLE, 1, LocalInterruptController::Address(APIC));
+        for id in 0..vcpus as u8 {
+            cpus.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+        }
+        let mut root = XSDT::new(OEM, OEM_TABLE, 1);
+        root.add_entry(CPU_TABLE);
+        let pointer = Rsdp::new(OEM, ROOT_TABLE);
+        let tables: [(u64, &dyn Aml); 3] =
+            [(ROOT_POINTER, &pointer), (ROOT_TABLE, &root), (CPU_TABLE, &cpus)];
+        for (at, table) in tables {
+            let mut bytes: Vec<u8> = Vec::new();
+            table.to_aml_bytes(&mut bytes);
+            self.memory.store_bytes(at, &bytes);
+        }
     }
 
     /// vCPU `id`. The first starts at `entry`; the others wait for INIT and SIPI.
