@@ -5,12 +5,10 @@
 //! name. With `loom`, the test is a model. Only a failure of the named test counts: not a build
 //! error, not a hang, not another test. First the same test must pass on the sound code.
 
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::busted;
 use crate::child::{self, Ended};
 use crate::{Error, Verdict};
 
@@ -23,6 +21,13 @@ struct Mutant {
     loom: bool,
     arguments: Vec<String>,
     test: String,
+}
+
+/// What is built.
+#[derive(Clone, Copy, PartialEq)]
+enum Code {
+    Sound,
+    Broken,
 }
 
 /// What became of a named test.
@@ -47,10 +52,9 @@ pub(crate) fn run(wanted: &[String]) -> Result<Verdict, Error> {
     let mut killed = 0_usize;
     for mutant in &mutants {
         let start = Instant::now();
-        let sound = attempt(mutant, None)?;
+        let sound = attempt(mutant, Code::Sound)?;
         let verdict = if sound == Outcome::Passed {
-            let wrapper = wrapper(&mutant.name)?;
-            match attempt(mutant, Some(&wrapper))? {
+            match attempt(mutant, Code::Broken)? {
                 Outcome::Failed => {
                     killed += 1;
                     "killed".to_owned()
@@ -85,14 +89,14 @@ fn parse(line: &str) -> Option<Mutant> {
 }
 
 /// Build, then run the one test within [`LIMIT`].
-fn attempt(mutant: &Mutant, wrapper: Option<&Path>) -> Result<Outcome, Error> {
-    let mut build = command(mutant, wrapper);
+fn attempt(mutant: &Mutant, code: Code) -> Result<Outcome, Error> {
+    let mut build = command(mutant, code)?;
     build.arg("--no-run");
     let (ended, lines) = child::lines(&mut build, None)?;
     if !ended.success() {
         return Ok(Outcome::DidNotRun(child::tail(&lines, 20)));
     }
-    let mut test = command(mutant, wrapper);
+    let mut test = command(mutant, code)?;
     test.args(["--", &mutant.test]);
     let (ended, lines) = child::lines(&mut test, Some(LIMIT))?;
     let ran = |result: &str| {
@@ -108,7 +112,7 @@ fn attempt(mutant: &Mutant, wrapper: Option<&Path>) -> Result<Outcome, Error> {
     })
 }
 
-fn command(mutant: &Mutant, wrapper: Option<&Path>) -> Command {
+fn command(mutant: &Mutant, code: Code) -> Result<Command, Error> {
     let folder = if mutant.loom { "loom" } else { "mutants" };
     let mut cargo = child::cargo(&child::target().join(folder));
     if mutant.loom {
@@ -119,24 +123,10 @@ fn command(mutant: &Mutant, wrapper: Option<&Path>) -> Command {
         cargo.arg("--release");
     }
     cargo.args(&mutant.arguments);
-    if let Some(wrapper) = wrapper {
-        cargo.env("RUSTC_WORKSPACE_WRAPPER", wrapper);
+    if code == Code::Broken {
+        busted::members(&mut cargo, &mutant.name)?;
     }
-    cargo
-}
-
-/// A compiler wrapper that breaks the crates of this workspace. Cargo keys what it builds by the
-/// wrapper's path, so dependencies are not built again and sound artifacts stay apart.
-fn wrapper(name: &str) -> Result<PathBuf, Error> {
-    if name.contains(|c: char| !c.is_alphanumeric() && c != '-' && c != '_') {
-        return Err(format!("{LIST}: `{name}` holds more than letters, digits, - and _").into());
-    }
-    let folder = child::target().join("mutants-rustc");
-    fs::create_dir_all(&folder)?;
-    let path = fs::canonicalize(folder)?.join(name);
-    fs::write(&path, format!("#!/bin/sh\nexec \"$@\" --cfg 'busted=\"{name}\"'\n"))?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-    Ok(path)
+    Ok(cargo)
 }
 
 #[cfg(test)]
