@@ -22,11 +22,26 @@
 extern crate alloc;
 
 mod boot;
+mod guest;
+mod host;
+mod lab;
 mod machine;
+mod options;
+mod suite;
+mod svm;
+mod trouble;
+mod vcpu;
 mod virt;
+mod vm;
+mod vmx;
 
+use lab::Lab;
 use machine::cpu;
 use machine::exit::{Status, exit};
+use options::Options;
+use svm::Svm;
+use virt::Virt;
+use vmx::Vmx;
 
 /// Every CPU's first Rust function; `number` counts them in the order of arrival.
 extern "C" fn arrived(number: u32, start_info: u32) -> ! {
@@ -37,17 +52,36 @@ extern "C" fn arrived(number: u32, start_info: u32) -> ! {
     }
     machine::serial::begin();
     let info = boot::pvh::boot_info(start_info);
+    // Before memory is given away: the text may stand in it.
+    let options = Options::parse(info.command_line);
     machine::memory::begin(info.memory_end);
     cpu::begin(0);
-    println!("hello {info:?}");
-    let ids = boot::acpi::apic_ids(info.rsdp);
-    println!("{ids:?}");
-    let own = machine::apic::id();
-    for id in ids {
-        if id != own {
-            boot::ap::start(&[id]);
+    boot::ap::start(info.rsdp, options.cpus);
+    let status = match options.format.as_deref() {
+        Some("npt") => run_if_there::<Svm>(&options),
+        Some(_) => run_if_there::<Vmx>(&options),
+        None => run_if_there::<Svm>(&options).or_else(|| run_if_there::<Vmx>(&options)),
+    };
+    exit(status.unwrap_or_else(|| panic!("this machine has neither SVM nor VMX to offer")))
+}
+
+/// Run the suites on machine `V`; `None` if this is no such machine.
+fn run_if_there<V: Virt>(options: &Options) -> Option<Status> {
+    let features = V::detect()?;
+    let cpus = cpu::count();
+    println!("test_hypervisor: {}, {cpus} CPUs, seed {}, {features:?}", V::NAME, options.seed);
+    cpu::on_all(cpus, &|number| {
+        V::enable().unwrap_or_else(|error| panic!("CPU {number}: {error}"));
+    });
+    let mut lab = Lab::<V>::new(features, cpus, options.seed);
+    for (name, run) in suite::all::<V>() {
+        if options.wants(name) {
+            println!("suite {name}");
+            run(&mut lab);
         }
     }
-    println!("{} cpus", cpu::count());
-    exit(Status::Passed)
+    let lab::Tally { passed, failed, skipped } = lab.tally;
+    println!("{passed} passed, {failed} failed, {skipped} skipped");
+    let good = failed == 0 && passed > 0;
+    Some(if good { Status::Passed } else { Status::Failed })
 }

@@ -151,6 +151,7 @@ boot_arrived:
 
     .pushsection .bss,"aw",@nobits
     .balign 4096
+    .globl boot_level4
 boot_level4:
     .skip 0x1000
 boot_level3:

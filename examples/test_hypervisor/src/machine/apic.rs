@@ -4,8 +4,13 @@
 //! (`descriptors.rs`) does nothing but count and acknowledge: what matters is that a CPU that runs
 //! a guest leaves it.
 
-use x86::apic::xapic::{XAPIC_EOI, XAPIC_ICR0, XAPIC_ICR1, XAPIC_SVR};
+use x86::apic::xapic::{
+    XAPIC_EOI, XAPIC_ICR0, XAPIC_ICR1, XAPIC_ID, XAPIC_LVT_LINT0, XAPIC_LVT_TIMER, XAPIC_SVR,
+    XAPIC_TIMER_DIV_CONF, XAPIC_TIMER_INIT_COUNT,
+};
 use x86::msr::{IA32_APIC_BASE, rdmsr};
+
+use super::port;
 
 /// Where the registers are after reset, and stay.
 pub const BASE: u64 = 0xfee0_0000;
@@ -23,6 +28,12 @@ const ENABLED: u64 = 1 << 11;
 const SOFTWARE_ENABLE: u32 = 1 << 8;
 /// A message is still on its way.
 const PENDING: u32 = 1 << 12;
+/// A local interrupt is off.
+const MASKED: u32 = 1 << 16;
+/// The timer counts at the bus's own rate, once.
+const DIVIDE_BY_1: u32 = 0xb;
+/// Mask registers of the two old interrupt controllers.
+const PICS: [u16; 2] = [0x21, 0xa1];
 /// Delivery modes, level "assert".
 const FIXED: u32 = 0x4000;
 const INIT: u32 = 0x4500;
@@ -53,6 +64,17 @@ pub fn begin() {
     let usual = base & !0xfff == BASE && base & (X2APIC | ENABLED) == ENABLED;
     assert!(usual, "IA32_APIC_BASE is {base:#x}");
     write(XAPIC_SVR, SOFTWARE_ENABLE | u32::from(SPURIOUS));
+    // The old interrupt controllers speak through this pin; their vectors are exceptions'.
+    write(XAPIC_LVT_LINT0, MASKED);
+    write(XAPIC_LVT_TIMER, MASKED);
+    PICS.iter().for_each(|data| port::write8(*data, 0xff));
+}
+
+/// Ring at the calling CPU once, after about `ticks` ticks of its timer; 0 takes that back.
+pub fn ring_later(ticks: u32) {
+    write(XAPIC_TIMER_DIV_CONF, DIVIDE_BY_1);
+    write(XAPIC_LVT_TIMER, if ticks == 0 { MASKED } else { u32::from(DOORBELL) });
+    write(XAPIC_TIMER_INIT_COUNT, ticks);
 }
 
 fn send(apic_id: u8, message: u32) {
@@ -80,5 +102,5 @@ pub fn ring(apic_id: u8) {
 
 /// APIC id of the calling CPU.
 pub fn id() -> u8 {
-    (read(x86::apic::xapic::XAPIC_ID) >> 24) as u8
+    (read(XAPIC_ID) >> 24) as u8
 }

@@ -162,6 +162,8 @@ pub fn begin(number: usize) {
     if number == 0 {
         gdt[1] = 0x00af_9b00_0000_ffff;
         gdt[2] = 0x00cf_9300_0000_ffff;
+        // 32-bit code, for `paging.rs`.
+        gdt[3] = 0x00cf_9b00_0000_ffff;
         fill_idt(idt);
     }
     let top = STACKS.0.get() as u64 + (number * 2 * STACK) as u64;

@@ -11,6 +11,7 @@ pub mod exit;
 pub mod heap;
 pub mod lock;
 pub mod memory;
+pub mod paging;
 pub mod port;
 pub mod runtime;
 pub mod serial;

@@ -85,6 +85,8 @@ pub struct GuestState {
     pub tr: Segment,
     pub gdtr: Table,
     pub idtr: Table,
+    /// With PAE paging, the four entries at CR3: VMX takes them from here, SVM from memory.
+    pub pdpte: [u64; 4],
 }
 
 /// Numbers of registers in [`GuestState::gpr`].
@@ -105,6 +107,12 @@ pub mod gpr {
     pub const RDI: usize = 7;
     /// R8.
     pub const R8: usize = 8;
+    /// R9.
+    pub const R9: usize = 9;
+    /// R10.
+    pub const R10: usize = 10;
+    /// R11.
+    pub const R11: usize = 11;
 }
 
 /// EFER.LME and LMA, NXE.

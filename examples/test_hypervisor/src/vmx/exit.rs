@@ -5,11 +5,12 @@
 
 use mmu_core::access::EptViolation;
 use mmu_core::addr::Gpa;
-use x86::vmx::vmcs::ro;
+use x86::vmx::vmcs::{guest, ro};
 
 use super::instr;
 use super::wanted::PAGE_FAULT;
-use crate::virt::{Exit, GuestState, NestedFault, RawFault};
+use crate::virt::state::gpr::{RAX, RSP};
+use crate::virt::{Exit, NestedFault, RawFault};
 
 /// Basic exit reasons.
 mod reason {
@@ -47,8 +48,8 @@ pub enum Decoded {
     },
 }
 
-/// Why the guest stopped. `state` is what it stopped with.
-pub fn decode(state: &GuestState) -> Decoded {
+/// Why the guest stopped, with `gpr` as its general registers but for RSP, which the VMCS holds.
+pub fn decode(gpr: &[u64; 16]) -> Decoded {
     let full = instr::field(ro::EXIT_REASON);
     if full & ENTRY_FAILED != 0 {
         return Decoded::On(Exit::Invalid { value: full });
@@ -63,8 +64,8 @@ pub fn decode(state: &GuestState) -> Decoded {
         reason::HLT => Decoded::Behind(Exit::Halt),
         reason::INVLPG => Decoded::On(Exit::InvalidatePage { address: qualification }),
         reason::VMCALL => Decoded::Behind(Exit::Call),
-        reason::CONTROL_REGISTER => control_register(qualification, state).unwrap_or(other),
-        reason::IO => output(qualification, state).unwrap_or(other),
+        reason::CONTROL_REGISTER => control_register(qualification, gpr).unwrap_or(other),
+        reason::IO => output(qualification, gpr).unwrap_or(other),
         reason::EPT_VIOLATION => Decoded::On(Exit::Nested(violation(qualification))),
         reason::EPT_MISCONFIGURATION => Decoded::On(Exit::Nested(NestedFault {
             gpa: address(),
@@ -107,12 +108,12 @@ fn exception(qualification: u64) -> Decoded {
 }
 
 /// Qualification: register 3:0, kind 5:4 (0: a write, 1: a read), general register 11:8.
-fn control_register(qualification: u64, state: &GuestState) -> Option<Decoded> {
+fn control_register(qualification: u64, gpr: &[u64; 16]) -> Option<Decoded> {
     let register = (qualification & 0xf) as u8;
     let general = (qualification >> 8 & 0xf) as usize;
     match qualification >> 4 & 3 {
         0 => {
-            let value = *state.gpr.get(general)?;
+            let value = if general == RSP { instr::field(guest::RSP) } else { *gpr.get(general)? };
             Some(Decoded::On(Exit::ControlWrite { register, value }))
         }
         1 if register == 3 => Some(Decoded::ReadCr3 { register: general }),
@@ -121,12 +122,12 @@ fn control_register(qualification: u64, state: &GuestState) -> Option<Decoded> {
 }
 
 /// Qualification: size less one 2:0, input 3, string 4, port 31:16.
-fn output(qualification: u64, state: &GuestState) -> Option<Decoded> {
+fn output(qualification: u64, gpr: &[u64; 16]) -> Option<Decoded> {
     if qualification & 0x18 != 0 {
         return None;
     }
     let size = (qualification & 7) as u8 + 1;
-    let value = state.gpr[crate::virt::state::gpr::RAX] as u32;
+    let value = gpr[RAX] as u32;
     let value = if size == 4 { value } else { value & ((1 << (8 * size)) - 1) };
     Some(Decoded::Behind(Exit::Out { port: (qualification >> 16) as u16, size, value }))
 }

@@ -37,6 +37,18 @@ const OTHERS: [u32; 11] = [
 ];
 const FIELDS: usize = 4 * SEGMENTS + OTHERS.len();
 
+/// Those that the guest's paging depends on.
+const PAGING: [u32; 4] = [guest::CR0, guest::CR3, guest::CR4, guest::IA32_EFER_FULL];
+
+/// Has the program changed how the guest pages?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Paging {
+    /// No.
+    Same,
+    /// Its control registers, or EFER.
+    Changed,
+}
+
 /// Number of field `index`.
 fn field(index: usize) -> u32 {
     match index.checked_sub(4 * SEGMENTS) {
@@ -125,13 +137,18 @@ impl Shadowed {
         values
     }
 
-    /// Write what differs into the current VMCS.
-    pub fn store(&mut self, state: &GuestState) {
+    /// Write what differs into the current VMCS. Did anything change that the guest's paging
+    /// depends on?
+    pub fn store(&mut self, state: &GuestState) -> Paging {
+        let mut paging = Paging::Same;
         let values = self.pack(state);
         for (index, (held, value)) in self.held.iter_mut().zip(values).enumerate() {
             if *held != Some(value) {
                 instr::write_guest(field(index), value);
                 *held = Some(value);
+                if PAGING.contains(&field(index)) {
+                    paging = Paging::Changed;
+                }
             }
         }
         let shadows = (state.cr0, state.cr4);
@@ -140,6 +157,7 @@ impl Shadowed {
             write_harmless(control::CR4_READ_SHADOW, shadows.1);
             self.read_shadows = Some(shadows);
         }
+        paging
     }
 
     /// Read the guest half of the current VMCS.

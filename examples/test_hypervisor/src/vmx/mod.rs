@@ -2,7 +2,7 @@
 //!
 //! Owns [`Vmx`]. `abilities` and `wanted` say what the CPU can and the program wants, `instr` and
 //! `enter` hold the instructions, `region` the pages that the processor is given, `vmcs` and
-//! `guest` the two halves of a VMCS, `ept` the pointer and the flushes, `exit` the decoding, and
+//! `guest` (with `pdpte`) the two halves of a VMCS, `ept` the pointer and the flushes, `exit` the decoding, and
 //! `vcpu` all of it together. No locks: everything belongs to one CPU.
 
 mod abilities;
@@ -11,6 +11,7 @@ mod ept;
 mod exit;
 mod guest;
 mod instr;
+mod pdpte;
 mod region;
 mod vcpu;
 mod vmcs;

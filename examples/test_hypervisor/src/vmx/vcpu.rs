@@ -13,12 +13,13 @@ use super::abilities::{Abilities, EptVpid};
 use super::enter::{self, By, Entered};
 use super::ept::{self, Context, Eptp};
 use super::exit::{self, Decoded};
-use super::guest::Shadowed;
-use super::instr;
-use super::vmcs::Vmcs;
-use super::wanted::{LONG_GUEST, Wanted};
+use super::guest::{Paging, Shadowed};
+use super::vmcs::{GuestMode, Vmcs};
+use super::wanted::Wanted;
+use super::{instr, pdpte};
 use crate::machine::cpu;
 use crate::println;
+use crate::virt::state::gpr;
 use crate::virt::{Exit, GuestState, LocalFlush, Root, Translation, Vcpu, VcpuSetup, VirtError};
 
 /// EFER.LMA.
@@ -29,11 +30,17 @@ const LONG_ACTIVE: u64 = 1 << 10;
 pub struct VmxVcpu {
     abilities: Abilities,
     vmcs: Vmcs,
-    wanted: Wanted,
     held: Shadowed,
+    /// The guest's registers, but for what the VMCS holds unless `state_held`.
     state: GuestState,
+    /// `state` is complete, and may differ from what the VMCS holds.
+    state_held: bool,
     translation: Translation,
     context: Context,
+    /// The tables in use; `None` with shadow paging.
+    root: Option<Root>,
+    /// The guest uses PAE and the VMCS does not have its top entries yet.
+    pdptes_stale: bool,
     /// What the next entry has to forget.
     owed: Option<LocalFlush>,
     by: By,
@@ -61,29 +68,50 @@ impl VmxVcpu {
         Ok(Self {
             abilities,
             vmcs,
-            wanted,
             held,
             state: GuestState::default(),
+            state_held: true,
             translation: setup.translation,
             context,
+            root: None,
+            pdptes_stale: false,
             owed: None,
             by: By::Launch,
         })
+    }
+
+    fn make_current(&self) {
+        if let Err(error) = self.vmcs.make_current() {
+            panic!("VMPTRLD: {error:?}");
+        }
     }
 
     fn owe(&mut self, what: LocalFlush) {
         self.owed = self.owed.max(Some(what));
     }
 
-    /// What the state asks of the VMCS.
-    fn prepare(&mut self) {
-        self.vmcs.make_current();
+    /// What the state asks of the VMCS; an exit if the processor would exit over it.
+    fn prepare(&mut self) -> Option<Exit> {
+        self.make_current();
         if let Some(what) = self.owed.take() {
             ept::flush(&self.abilities, self.context, what);
         }
-        let long = self.state.efer & LONG_ACTIVE != 0;
-        self.vmcs.set_entry(self.wanted.entry | if long { LONG_GUEST } else { 0 });
-        self.held.store(&self.state);
+        if self.state_held {
+            let long = self.state.efer & LONG_ACTIVE != 0;
+            self.vmcs.set_guest_mode(if long { GuestMode::Long } else { GuestMode::Other });
+            if self.held.store(&self.state) == Paging::Changed {
+                self.pdptes_stale = pdpte::applies(&self.state);
+            }
+        }
+        // Without extended tables the processor reads them itself, from memory.
+        let root = self.root.filter(|_| self.pdptes_stale)?;
+        match pdpte::load(root, self.state.cr3) {
+            Ok(()) => {
+                self.pdptes_stale = false;
+                None
+            }
+            Err(fault) => Some(Exit::Nested(fault)),
+        }
     }
 
     fn enter(&mut self) -> Entered {
@@ -100,22 +128,25 @@ impl VmxVcpu {
 
     /// Put RIP behind the instruction that exited. It has been executed as far as the guest can
     /// tell, so it also ends the shadow of an STI.
-    fn step_over(&mut self) {
+    fn step_over(&self) {
         let length = instr::field(ro::VMEXIT_INSTRUCTION_LEN);
-        self.state.rip = self.state.rip.wrapping_add(length);
+        let rip = instr::field(guest::RIP).wrapping_add(length);
+        instr::write_guest(guest::RIP, rip);
         instr::write_guest(guest::INTERRUPTIBILITY_STATE, 0);
     }
 
     /// One entry; `None` when the guest is to go on.
     fn once(&mut self) -> Option<Exit> {
-        self.prepare();
+        if let Some(exit) = self.prepare() {
+            return Some(exit);
+        }
         match self.enter() {
             Entered::Exited => {}
             Entered::Failed => return Some(refused(instr::instruction_error())),
             Entered::NoVmcs => return Some(refused(instr::NO_VMCS)),
         }
-        self.held.load(&mut self.state);
-        let decoded = exit::decode(&self.state);
+        self.state_held = false;
+        let decoded = exit::decode(&self.state.gpr);
         if let Decoded::On(Exit::Invalid { value }) = decoded {
             // A guest that was not entered is no more launched than before.
             let detail = instr::field(ro::EXIT_QUALIFICATION);
@@ -135,7 +166,9 @@ impl VmxVcpu {
             }
             Decoded::ReadCr3 { register } => {
                 let cr3 = self.state.cr3;
-                if let Some(general) = self.state.gpr.get_mut(register) {
+                if register == gpr::RSP {
+                    instr::write_guest(guest::RSP, cr3);
+                } else if let Some(general) = self.state.gpr.get_mut(register) {
                     *general = cr3;
                 }
                 self.step_over();
@@ -153,6 +186,13 @@ fn refused(error: u64) -> Exit {
 
 impl Vcpu for VmxVcpu {
     fn state(&mut self) -> &mut GuestState {
+        // Only now: inside a hypervisor each VMREAD may be an exit, and for most exits of a guest
+        // nobody asks.
+        if !self.state_held {
+            self.make_current();
+            self.held.load(&mut self.state);
+            self.state_held = true;
+        }
         &mut self.state
     }
 
@@ -160,7 +200,7 @@ impl Vcpu for VmxVcpu {
         match self.translation {
             Translation::Nested => {
                 let eptp = Eptp::new(root);
-                self.vmcs.make_current();
+                self.make_current();
                 // SAFETY: the guest is confined to what the tree maps, which the caller answers
                 // for; the processor accesses its frames as `PhysMap` allows page walkers to.
                 let written = unsafe { instr::write(control::EPTP_FULL, eptp.get()) };
@@ -168,8 +208,13 @@ impl Vcpu for VmxVcpu {
                     panic!("VMWRITE of the EPTP: {error:?}");
                 }
                 self.context.eptp = Some(eptp);
+                self.root = Some(root);
             }
-            Translation::Shadow => self.held.set_shadow_root(root.frame.get() << 12),
+            Translation::Shadow => {
+                // Part of the state that the next entry writes.
+                self.state();
+                self.held.set_shadow_root(root.frame.get() << 12);
+            }
         }
         self.owe(LocalFlush::Context);
     }
@@ -191,7 +236,7 @@ impl Vcpu for VmxVcpu {
     }
 
     fn take_log(&mut self, page: &mut dyn FnMut(Gfn)) {
-        self.vmcs.make_current();
+        self.make_current();
         self.vmcs.take_log(page);
     }
 

@@ -4,6 +4,8 @@
 //! at the time of making, which this program does not change afterwards. Neighbours: `guest` for
 //! the guest half, `wanted` for the controls. No locks: used by the CPU that made it.
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use mmu_core::addr::Gfn;
 use x86::vmx::vmcs::{control, guest, host};
 use x86::{controlregs, dtables, msr, segmentation, task};
@@ -12,11 +14,15 @@ use super::abilities::Abilities;
 use super::enter;
 use super::instr::{self, Failed};
 use super::region::Region;
-use super::wanted::Wanted;
+use super::wanted::{LONG_GUEST, Wanted};
+use crate::machine::cpu::{self, MAX_CPUS};
 use crate::virt::{HardwareLog, VirtError};
 
 /// Entries of the hardware log; it is filled from the last one down.
 const LOG_ENTRIES: u64 = 512;
+
+/// The current VMCS of each CPU, 0 for none; used by that CPU alone.
+static CURRENT: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 
 /// A VMCS of this CPU.
 #[derive(Debug)]
@@ -25,8 +31,17 @@ pub struct Vmcs {
     /// All 0: no access to an MSR exits. The VMCS points to it.
     msr_bitmap: Region,
     log: Option<Region>,
-    /// What the entry control word is, as last written.
+    /// The entry controls, without the guest's mode.
     entry: u32,
+}
+
+/// What an entry must know of the guest's mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestMode {
+    /// EFER.LMA is set.
+    Long,
+    /// It is not.
+    Other,
 }
 
 fn named(step: &'static str) -> impl Fn(Failed) -> VirtError {
@@ -56,7 +71,7 @@ impl Vmcs {
             entry: wanted.entry,
         };
         instr::vmclear(&this.region).map_err(named("VMCLEAR"))?;
-        instr::vmptrld(&this.region).map_err(named("VMPTRLD"))?;
+        this.make_current().map_err(named("VMPTRLD"))?;
         this.write_controls(wanted, vpid).map_err(named("VMWRITE of a control"))?;
         write_host().map_err(named("VMWRITE of host state"))?;
         for (field, value) in [
@@ -115,18 +130,25 @@ impl Vmcs {
     }
 
     /// Make it the current one: every other function of this file that names `self` needs it.
-    pub fn make_current(&self) {
-        if let Err(error) = instr::vmptrld(&self.region) {
-            panic!("VMPTRLD: {error:?}");
+    ///
+    /// # Errors
+    /// The processor refuses.
+    pub fn make_current(&self) -> Result<(), Failed> {
+        let physical = self.region.physical();
+        let current = &CURRENT[cpu::current()];
+        if current.load(Ordering::Relaxed) != physical {
+            instr::vmptrld(&self.region)?;
+            current.store(physical, Ordering::Relaxed);
         }
+        Ok(())
     }
 
-    /// Does the guest begin in 64-bit mode?
-    pub fn set_entry(&mut self, entry: u32) {
-        if self.entry == entry {
-            return;
-        }
-        self.entry = entry;
+    /// The guest goes on in 64-bit mode, or in another. An exit writes this control too.
+    pub fn set_guest_mode(&self, mode: GuestMode) {
+        let entry = match mode {
+            GuestMode::Long => self.entry | LONG_GUEST,
+            GuestMode::Other => self.entry,
+        };
         // SAFETY: `Wanted` has the word but for the guest's mode, which is the guest's business.
         let written = unsafe { instr::write(control::VMENTRY_CONTROLS, u64::from(entry)) };
         if let Err(error) = written {
@@ -149,7 +171,12 @@ impl Vmcs {
 
 impl Drop for Vmcs {
     fn drop(&mut self) {
-        // The processor may keep parts of a VMCS and write them back later: not any more.
+        // The processor may keep parts of a VMCS and write them back later: not any more. Nor is
+        // it the current one now, if it was.
+        let current = &CURRENT[cpu::current()];
+        if current.load(Ordering::Relaxed) == self.region.physical() {
+            current.store(0, Ordering::Relaxed);
+        }
         if let Err(error) = instr::vmclear(&self.region) {
             panic!("VMCLEAR: {error:?}");
         }

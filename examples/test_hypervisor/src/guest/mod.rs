@@ -1,0 +1,4 @@
+//! Guests: where things stand in their memory, and the programs they run.
+
+pub mod layout;
+pub mod program;
