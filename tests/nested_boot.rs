@@ -66,8 +66,18 @@ fn run(test: &str, code: &[u8], vcpus: u32, patience: Duration) -> Option<(Vec<S
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Prints the command line, whose address stands in the start info at EBX, then exits with 0x10.
-const PRINT: [u8; 36] = [
+/// Sets the serial line's clock, prints the command line, whose address stands in the start info at
+/// EBX, then exits with 0x10.
+const PRINT: [u8; 53] = [
+    0x66, 0xba, 0xfb, 0x03, // mov dx, 0x3fb
+    0xb0, 0x80, //       mov al, 0x80: what follows is the divisor
+    0xee, //             out dx, al
+    0xb2, 0xf8, //       mov dl, 0xf8
+    0xb0, 0x41, //       mov al, 'A'
+    0xee, //             out dx, al
+    0xb2, 0xfb, //       mov dl, 0xfb
+    0xb0, 0x03, //       mov al, 3
+    0xee, //             out dx, al
     0x8b, 0x7b, 0x18, // mov edi, [ebx + 24]
     0x8a, 0x27, //       mov ah, [edi]
     0x84, 0xe4, //       test ah, ah

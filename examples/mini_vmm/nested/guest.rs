@@ -26,8 +26,11 @@ use super::super::machine::{MachineError, PAGE};
 use super::image::Image;
 use super::offer::Extension;
 
-/// COM1: data, and the line status that says that it takes more.
+/// COM1: data, line control, and the line status that says that it takes more. While a bit of line
+/// control is set, what goes to the data port is the divisor of the line's clock.
 const SERIAL: u16 = 0x3f8;
+const SERIAL_CONTROL: u16 = SERIAL + 3;
+const SERIAL_DIVISOR: u8 = 0x80;
 const SERIAL_STATUS: u16 = SERIAL + 5;
 const SERIAL_IDLE: u8 = 0x60;
 /// The program writes here what became of it, and stops.
@@ -98,7 +101,7 @@ pub enum End {
 /// What a vCPU's thread reports.
 #[derive(PartialEq)]
 enum Event {
-    Serial(u8),
+    Out(u16, u8),
     End(End),
 }
 
@@ -142,13 +145,16 @@ const KICK_AGAIN: Duration = Duration::from_millis(2);
 /// Takes what the vCPUs report until the run has ended.
 fn listen(events: &Receiver<Event>, patience: Duration, line: &mut impl FnMut(&str)) -> End {
     let mut text = Vec::new();
+    let mut control = 0;
     let end = loop {
         match events.recv_timeout(patience) {
-            Ok(Event::Serial(b'\n')) => {
+            Ok(Event::Out(SERIAL_CONTROL, byte)) => control = byte,
+            Ok(Event::Out(..)) if control & SERIAL_DIVISOR != 0 => {}
+            Ok(Event::Out(_, b'\n')) => {
                 line(String::from_utf8_lossy(&text).trim_end());
                 text.clear();
             }
-            Ok(Event::Serial(byte)) => text.push(byte),
+            Ok(Event::Out(_, byte)) => text.push(byte),
             Ok(Event::End(end)) => break end,
             Err(RecvTimeoutError::Timeout) => break End::Silent,
             Err(RecvTimeoutError::Disconnected) => {
@@ -172,8 +178,8 @@ fn drive(fd: &mut VcpuFd, door: &Door, events: &Sender<Event>) {
     while door.enter() == Enter::Go {
         let mut how = Return::Exit;
         match fd.run() {
-            Ok(VcpuExit::IoOut(SERIAL, bytes)) => {
-                bytes.iter().for_each(|byte| report(Event::Serial(*byte)));
+            Ok(VcpuExit::IoOut(port @ (SERIAL | SERIAL_CONTROL), bytes)) => {
+                bytes.iter().for_each(|byte| report(Event::Out(port, *byte)));
             }
             Ok(VcpuExit::IoOut(EXIT, bytes)) => {
                 let code = bytes.first().copied().unwrap_or(u8::MAX);

@@ -124,6 +124,8 @@ pub(crate) const SERIAL: &str = "serial.txt";
 /// Bochs' configuration, and what its debugger is told: to go on.
 const BOCHSRC: &str = "bochsrc";
 const DEBUGGER: &str = "debugger";
+/// Instructions in a second of Linux under Bochs.
+const LINUX_IPS: u32 = 50_000_000;
 const TEMPLATE: &str = "examples/test_hypervisor/bochsrc";
 
 /// What a machine boots.
@@ -189,7 +191,10 @@ impl Machine {
             Boot::Cd(path) => {
                 let drive = format!("type=cdrom, path=\"{}\", status=inserted", path.display());
                 let memory = "memory: guest=1024, host=1024";
-                (path, format!("\nata0-master: {drive}\nboot: cdrom\n{memory}\n"))
+                // Linux' clock must go about as fast as its CPU computes, or it finds itself late.
+                let cpu =
+                    format!("cpu: model={}, count={}, ips={LINUX_IPS}", self.model, self.cpus);
+                (path, format!("\nata0-master: {drive}\nboot: cdrom\n{memory}\n{cpu}\n"))
             }
             Boot::Program { .. } | Boot::Linux { .. } => {
                 return Err(io::Error::other("Bochs boots from a medium, not from files"));
