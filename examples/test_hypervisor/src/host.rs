@@ -71,7 +71,9 @@ impl Gates {
 
     /// Tell every vCPU to forget `what`, and ring at those that are inside.
     fn shoot(&self, what: u8) -> [u64; MAX_VCPUS] {
-        self.0.iter().for_each(|gate| drop(gate.stale.fetch_max(what, Ordering::AcqRel)));
+        for gate in &self.0 {
+            gate.stale.fetch_max(what, Ordering::AcqRel);
+        }
         fence(Ordering::SeqCst);
         let seen = core::array::from_fn(|vcpu| self.0[vcpu].inside.load(Ordering::Acquire));
         let inside = self.0.iter().zip(&seen).filter(|(_, seen)| *seen % 2 == 1);
@@ -97,8 +99,6 @@ pub struct BareHost {
     free: Lock<Vec<Pfn>>,
     /// Where vCPUs and flushes meet.
     pub gates: Gates,
-    /// Largest page that the host offers, as a level's number.
-    level: AtomicU8,
 }
 
 impl BareHost {
@@ -108,13 +108,7 @@ impl BareHost {
         let count = tables.bytes() / PAGE;
         let free = (0..count).rev().map(|index| Pfn::new(tables.first().get() + index)).collect();
         let metas = (0..count).map(|_| FrameMeta::new()).collect();
-        let level = AtomicU8::new(Level::MAX_LEAF.number());
-        Self { tables, metas, free: Lock::new(free), gates: Gates::default(), level }
-    }
-
-    /// Offer pages up to `level` from now on. To be called around an invalidation.
-    pub fn offer(&self, level: Level) {
-        self.level.store(level.number(), Ordering::Release);
+        Self { tables, metas, free: Lock::new(free), gates: Gates::default() }
     }
 
     /// The word of entry `index` in the table at `frame`: for suites that break tables on purpose.
@@ -174,12 +168,11 @@ impl TlbFlush for BareHost {
 }
 
 impl PfnResolver for BareHost {
-    /// A slot's host address is a physical address: the direct map.
+    /// A slot's host address is a physical address: the direct map, whose memory is in one piece.
     fn resolve(&self, slot: &Memslot, gfn: Gfn, _: Access) -> Result<HostPage, ResolveError> {
         let hva = slot.hva_of(gfn).ok_or(ResolveError::NoMemory)?;
-        let level = Level::new(self.level.load(Ordering::Acquire));
-        let level = level.map_err(|_| ResolveError::NoMemory)?;
-        Ok(HostPage { pfn: Pfn::new(hva.get() / PAGE), writable: true, level })
+        let pfn = Pfn::new(hva.get() / PAGE);
+        Ok(HostPage { pfn, writable: true, level: Level::MAX_LEAF })
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Owns [`Lab`], [`Tally`] and the words of the output, which `cargo xtask emulate` reads.
 
+use alloc::vec::Vec;
 use core::fmt;
 use core::marker::PhantomData;
 
@@ -35,13 +36,15 @@ pub struct Lab<V: Virt> {
     pub seed: u64,
     /// The count.
     pub tally: Tally,
+    noted: Vec<&'static str>,
     machine: PhantomData<V>,
 }
 
 impl<V: Virt> Lab<V> {
     /// Nothing checked yet.
     pub fn new(features: Features, cpus: usize, seed: u64) -> Self {
-        Self { features, cpus, seed, tally: Tally::default(), machine: PhantomData }
+        let (tally, noted, machine) = (Tally::default(), Vec::new(), PhantomData);
+        Self { features, cpus, seed, tally, noted, machine }
     }
 
     /// A check: print and count it. Returns whether it held.
@@ -79,9 +82,13 @@ impl<V: Virt> Lab<V> {
         self.tally.skipped += 1;
     }
 
-    /// Something about the machine that is not as its manual says.
-    pub fn note(&self, text: fmt::Arguments<'_>) {
-        println!("  [note] {text}");
+    /// Something about the machine that is not as its manual says, under a name of its own: said
+    /// the first time only.
+    pub fn note(&mut self, name: &'static str, text: fmt::Arguments<'_>) {
+        if !self.noted.contains(&name) {
+            println!("  [note] {name}: {text}");
+            self.noted.push(name);
+        }
     }
 
     /// Capabilities of this machine's tables.

@@ -22,6 +22,7 @@
 extern crate alloc;
 
 mod boot;
+mod crowd;
 mod guest;
 mod host;
 mod lab;

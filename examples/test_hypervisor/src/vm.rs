@@ -15,10 +15,11 @@ use crate::guest::layout::{self, DATA, DATA_SLOT, LOW_BYTES, LOW_SLOT, WIDE, WID
 use crate::guest::program::{DONE, Program};
 use crate::host::{BareHost, MAX_VCPUS};
 use crate::lab::Lab;
+use crate::machine::lock::Lock;
 use crate::machine::memory::{Memory, PAGE};
 use crate::trouble::Trouble;
 use crate::vcpu::{BareVcpu, Mmu};
-use crate::virt::state::gpr::{R8, R11, RBX, RDI, RDX, RSI};
+use crate::virt::state::gpr::{R8, R9, R10, R11, RBX, RDI, RDX, RSI};
 use crate::virt::{Exit, GuestState, HardwareLog, Mode, VcpuSetup, Virt};
 
 /// Table frames of a VM.
@@ -89,7 +90,7 @@ pub struct Vm<V: Virt> {
     /// Its tables.
     pub mmu: Arc<Mmu<V>>,
     /// The right to change its slots.
-    pub slots: SlotWriter,
+    pub slots: Lock<SlotWriter>,
     /// Its low block.
     pub low: Memory,
     /// Its data.
@@ -122,7 +123,7 @@ impl<V: Virt> Vm<V> {
         let mmu = TdpMmu::new(core, config, options);
         let (low, data) = (Memory::new(LOW_BYTES), Memory::new(shape.data));
         layout::prepare(&low);
-        let mut vm = Self { mmu, slots, low, data, shape };
+        let vm = Self { mmu, slots: Lock::new(slots), low, data, shape };
         let mut actor = vm.actor();
         let (start, bytes) = (vm.low.start(), LOW_BYTES);
         let _ = vm.set_slot(&mut actor, LOW_SLOT, 0, start, bytes, SlotFlags::empty());
@@ -132,7 +133,7 @@ impl<V: Virt> Vm<V> {
 
     /// Create or change a slot; what that meant.
     pub fn set_slot(
-        &mut self,
+        &self,
         actor: &mut Actor<BareHost>,
         id: u16,
         gpa: u64,
@@ -142,18 +143,18 @@ impl<V: Virt> Vm<V> {
     ) -> SlotChange {
         let (base, hva) = (Gpa::new(gpa), Hva::new(physical));
         let request = SlotRequest { as_id: 0, id, base, bytes, hva, flags };
-        let change = self.mmu.set_slot(&mut self.slots, actor, &request);
+        let change = self.mmu.set_slot(&mut self.slots.lock(), actor, &request);
         change.unwrap_or_else(|error| panic!("slot {id}: {error}"))
     }
 
     /// Create the data slot, or give it these flags.
-    pub fn set_data(&mut self, actor: &mut Actor<BareHost>, flags: SlotFlags) {
+    pub fn set_data(&self, actor: &mut Actor<BareHost>, flags: SlotFlags) {
         let (start, bytes) = (self.data.start(), self.shape.data);
         let _ = self.set_slot(actor, DATA_SLOT, DATA, start, bytes, flags);
     }
 
     /// Create the window on the host's first GiB.
-    pub fn open_window(&mut self, actor: &mut Actor<BareHost>) {
+    pub fn open_window(&self, actor: &mut Actor<BareHost>) {
         let _ = self.set_slot(actor, WIDE_SLOT, WIDE, 0, 1 << 30, SlotFlags::empty());
     }
 
@@ -217,7 +218,9 @@ impl<V: Virt> Vm<V> {
         drop(actor);
         let pool = self.mmu.vm().pool();
         // No section is open: two grace periods pass at once.
-        (0..4).for_each(|_| drop(pool.poll()));
+        for _ in 0..4 {
+            pool.poll();
+        }
         pool.frames_in_use() + pool.frames_waiting()
     }
 }
@@ -252,7 +255,7 @@ impl<V: Virt> BareVcpu<V> {
         match exit {
             Exit::Out { port: DONE, .. } => {
                 let gpr = &state.gpr;
-                Ok(Done { wrong: gpr[RBX], last: (gpr[9], gpr[10]) })
+                Ok(Done { wrong: gpr[RBX], last: (gpr[R9], gpr[R10]) })
             }
             exit => Err(Trouble::Exit(exit, state.rip)),
         }

@@ -71,11 +71,11 @@ boot_paged:
     # CR0: PG, WP, NE, ET, MP, PE; not EM, TS, CD, NW
     movl $0x80010033, %eax
     movl %eax, %cr0
-    lgdt boot_gdt_register
-    ljmp $8, $boot_long
+    lgdt entry_gdt_register
+    ljmp $8, $entry_long
 
     .code64
-boot_long:
+entry_long:
     movl $16, %eax
     movl %eax, %ds
     movl %eax, %es
@@ -100,14 +100,14 @@ boot_long:
     jmp 2b
 
     .balign 8
-boot_gdt:
+entry_gdt:
     .quad 0
     .quad 0x00af9b000000ffff
     .quad 0x00cf93000000ffff
     .quad 0x00cf9b000000ffff
-boot_gdt_register:
+entry_gdt_register:
     .word 31
-    .long boot_gdt
+    .long entry_gdt
     .long 0
 
     # Copied to {ap_page}: addresses in it are written as offsets from there.
@@ -134,7 +134,7 @@ ap_flat:
     .balign 8
 ap_gdt_register:
     .word 31
-    .long boot_gdt
+    .long entry_gdt
     .globl ap_page_end
 ap_page_end:
     .code64

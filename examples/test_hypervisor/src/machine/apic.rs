@@ -64,10 +64,11 @@ pub fn begin() {
     let usual = base & !0xfff == BASE && base & (X2APIC | ENABLED) == ENABLED;
     assert!(usual, "IA32_APIC_BASE is {base:#x}");
     write(XAPIC_SVR, SOFTWARE_ENABLE | u32::from(SPURIOUS));
-    // The old interrupt controllers speak through this pin; their vectors are exceptions'.
+    // The old interrupt controllers' vectors are exceptions'. First they fall silent, then the pin
+    // that they speak through is closed: what they had said already would stay pending behind it.
+    PICS.iter().for_each(|data| port::write8(*data, 0xff));
     write(XAPIC_LVT_LINT0, MASKED);
     write(XAPIC_LVT_TIMER, MASKED);
-    PICS.iter().for_each(|data| port::write8(*data, 0xff));
 }
 
 /// Ring at the calling CPU once, after about `ticks` ticks of its timer; 0 takes that back.

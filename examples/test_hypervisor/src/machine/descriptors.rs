@@ -18,8 +18,6 @@ use super::serial;
 
 /// Selectors of the host, as the boot code's table has them.
 pub const CODE: u16 = 8;
-/// Data and stack.
-pub const DATA: u16 = 16;
 /// Of CPU 0's TSS; the others follow, 16 bytes each.
 const FIRST_TASK: u16 = 32;
 /// Entries of the GDT.

@@ -1,6 +1,23 @@
 //! The suites: each a file, each written for any machine.
+//!
+//! A suite makes its own VMs and leaves nothing behind. To add one: a file, a line below.
 
+mod accessed_dirty;
+mod aging;
+mod dirty;
+mod execute;
+mod faults;
+mod flush;
+mod huge;
+mod mmio;
+mod modes;
 mod platform;
+mod shadow_exits;
+mod sizes;
+mod tracking;
+mod workload;
+mod zap;
+mod zap_all;
 
 use crate::lab::Lab;
 use crate::virt::Virt;
@@ -9,6 +26,23 @@ use crate::virt::Virt;
 pub type Suite<V> = (&'static str, fn(&mut Lab<V>));
 
 /// Every suite, in the order in which they run.
-pub const fn all<V: Virt>() -> [Suite<V>; 1] {
-    [("platform", platform::run)]
+pub const fn all<V: Virt>() -> &'static [Suite<V>] {
+    &[
+        ("platform", platform::run),
+        ("modes", modes::run),
+        ("shadow-exits", shadow_exits::run),
+        ("faults", faults::run),
+        ("accessed-dirty", accessed_dirty::run),
+        ("flush", flush::run),
+        ("sizes", sizes::run),
+        ("execute", execute::run),
+        ("tracking", tracking::run),
+        ("mmio", mmio::run),
+        ("huge", huge::run),
+        ("dirty", dirty::run),
+        ("aging", aging::run),
+        ("zap", zap::run),
+        ("zap-all", zap_all::run),
+        ("workload", workload::run),
+    ]
 }

@@ -83,7 +83,8 @@ impl SvmVcpu {
     fn write_control(&mut self, tlb_control: u32) {
         let shadow = self.setup.translation == Translation::Shadow;
         let control = &mut self.vmcb.control;
-        control.intercept_cr = if shadow { intercept::CONTROL_WRITES } else { 0 };
+        let control_registers = intercept::CONTROL_WRITES | intercept::CR3_READS;
+        control.intercept_cr = if shadow { control_registers } else { 0 };
         let faults_exit = shadow || self.setup.page_faults_exit;
         control.intercept_exceptions = if faults_exit { intercept::PAGE_FAULT } else { 0 };
         let always = intercept::INTR
@@ -214,6 +215,28 @@ impl SvmVcpu {
             reason => Exit::Other { reason, detail: first },
         }
     }
+
+    /// One entry.
+    fn once(&mut self) -> Exit {
+        // Nested tables have as many levels as the host's own.
+        if self.setup.translation == Translation::Nested {
+            paging::use_levels(self.root.levels);
+        }
+        let tlb_control = self.settle_flush();
+        self.write_control(tlb_control);
+        self.write_state();
+        // SAFETY: SVM is on (`Svm::vcpu` found the host's page, which `Svm::enable` made); all
+        // ports and MSRs exit; the nested tables are the MMU's, or the caller's own in suites that
+        // try tables by hand, and name the guest's memory only; interrupts are off by the trait's
+        // contract.
+        unsafe { enter(&mut self.state.gpr, &mut self.vmcb, self.host) };
+        self.read_state();
+        let exit = self.decode();
+        if exit == Exit::Interrupt {
+            cpu::take_interrupts();
+        }
+        exit
+    }
 }
 
 impl Vcpu for SvmVcpu {
@@ -237,24 +260,18 @@ impl Vcpu for SvmVcpu {
     }
 
     fn run(&mut self) -> Exit {
-        // Nested tables have as many levels as the host's own.
-        if self.setup.translation == Translation::Nested {
-            paging::use_levels(self.root.levels);
+        loop {
+            let exit = self.once();
+            match exit {
+                // The guest's own is not the processor's. Not every CPU says where it is to go:
+                // the guest programs use RAX. The instruction has three bytes.
+                Exit::Other { reason: code::READ_CR3, .. } => {
+                    self.state.gpr[RAX] = self.state.cr3;
+                    self.state.rip += 3;
+                }
+                exit => return exit,
+            }
         }
-        let tlb_control = self.settle_flush();
-        self.write_control(tlb_control);
-        self.write_state();
-        // SAFETY: SVM is on (`Svm::vcpu` found the host's page, which `Svm::enable` made); all
-        // ports and MSRs exit; the nested tables are the MMU's, or the caller's own in suites that
-        // try tables by hand, and name the guest's memory only; interrupts are off by the trait's
-        // contract.
-        unsafe { enter(&mut self.state.gpr, &mut self.vmcb, self.host) };
-        self.read_state();
-        let exit = self.decode();
-        if exit == Exit::Interrupt {
-            cpu::take_interrupts();
-        }
-        exit
     }
 
     fn take_log(&mut self, _: &mut dyn FnMut(Gfn)) {}

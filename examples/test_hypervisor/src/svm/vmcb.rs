@@ -30,6 +30,8 @@ pub mod intercept {
     pub const SVM_INSTRUCTIONS: u32 = 0x7f;
     /// The first word: writes of CR0, CR3, CR4.
     pub const CONTROL_WRITES: u32 = 1 << 16 | 1 << 19 | 1 << 20;
+    /// The same word: reads of CR3.
+    pub const CR3_READS: u32 = 1 << 3;
     /// The second word: #PF.
     pub const PAGE_FAULT: u32 = 1 << 14;
 }
@@ -51,6 +53,8 @@ pub const NESTED: u64 = 1;
 
 /// Exit codes.
 pub mod code {
+    /// A read of CR3.
+    pub const READ_CR3: u64 = 0x03;
     /// First of the control register writes.
     pub const WRITE_CR0: u64 = 0x10;
     /// Last of those that are intercepted.

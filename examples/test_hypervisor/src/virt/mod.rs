@@ -118,7 +118,7 @@ impl fmt::Display for VirtError {
 }
 
 /// A virtualization extension.
-pub trait Virt: Sized + 'static {
+pub trait Virt: Sized + Send + Sync + 'static {
     /// Format of its tables.
     type Format: SpteFormat;
     /// Its vCPUs.

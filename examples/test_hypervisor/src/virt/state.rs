@@ -93,8 +93,6 @@ pub struct GuestState {
 pub mod gpr {
     /// RAX.
     pub const RAX: usize = 0;
-    /// RCX.
-    pub const RCX: usize = 1;
     /// RDX.
     pub const RDX: usize = 2;
     /// RBX.

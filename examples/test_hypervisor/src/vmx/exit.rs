@@ -25,6 +25,7 @@ mod reason {
     pub(super) const IO: u64 = 30;
     pub(super) const EPT_VIOLATION: u64 = 48;
     pub(super) const EPT_MISCONFIGURATION: u64 = 49;
+    pub(super) const TIMER: u64 = 52;
     pub(super) const LOG_FULL: u64 = 62;
 }
 
@@ -40,6 +41,8 @@ pub enum Decoded {
     Behind(Exit),
     /// The host has an interrupt to take.
     Interrupt,
+    /// The guest's turn is over (deaf machines).
+    Timer,
     /// The guest reads its CR3, which is not the processor's (shadow paging): it wants it in this
     /// general register.
     ReadCr3 {
@@ -72,6 +75,7 @@ pub fn decode(gpr: &[u64; 16]) -> Decoded {
             linear: None,
             raw: RawFault::Misconfiguration,
         })),
+        reason::TIMER => Decoded::Timer,
         reason::LOG_FULL => Decoded::On(Exit::LogFull),
         _ => other,
     }

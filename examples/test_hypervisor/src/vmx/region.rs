@@ -9,6 +9,7 @@ use core::ptr::NonNull;
 
 /// Bytes of a page, and of every region that this program gives away.
 const PAGE: usize = 4096;
+const WORDS: usize = PAGE / size_of::<u64>();
 const LAYOUT: Layout = match Layout::from_size_align(PAGE, PAGE) {
     Ok(layout) => layout,
     Err(_) => panic!("a page is a layout"),
@@ -32,10 +33,21 @@ impl Region {
 
     /// A page that begins with the revision number that VMXON and VMPTRLD look for.
     pub fn with_revision(revision: u32) -> Self {
-        let region = Self::zeroed();
-        // SAFETY: the page is ours, aligned, and the processor does not use it yet.
-        unsafe { region.0.write_volatile(u64::from(revision)) };
+        let mut region = Self::zeroed();
+        region.set_word(0, u64::from(revision));
         region
+    }
+
+    /// Change word `index` of 512. For pages that the processor does not use, or only reads.
+    ///
+    /// # Panics
+    /// There is no such word.
+    pub fn set_word(&mut self, index: usize, value: u64) {
+        assert!(index < WORDS, "word {index} of a page");
+        // SAFETY: inside the page (asserted), which is allocated as long as `self`.
+        let word = unsafe { self.0.add(index) };
+        // SAFETY: aligned, and ours to write; volatile, because processors read it.
+        unsafe { word.write_volatile(value) };
     }
 
     /// Its physical address.
@@ -48,7 +60,7 @@ impl Region {
     /// # Panics
     /// There is no such word.
     pub fn word(&self, index: usize) -> u64 {
-        assert!(index < PAGE / size_of::<u64>(), "word {index} of a page");
+        assert!(index < WORDS, "word {index} of a page");
         // SAFETY: inside the page (asserted), which is allocated as long as `self`.
         let word = unsafe { self.0.add(index) };
         // SAFETY: aligned, initialised when it was allocated; volatile, because the processor

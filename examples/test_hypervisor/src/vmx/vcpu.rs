@@ -14,6 +14,7 @@ use super::enter::{self, By, Entered};
 use super::ept::{self, Context, Eptp};
 use super::exit::{self, Decoded};
 use super::guest::{Paging, Shadowed};
+use super::hearing::{Hearing, hearing, take_interrupts};
 use super::vmcs::{GuestMode, Vmcs};
 use super::wanted::Wanted;
 use super::{instr, pdpte};
@@ -135,8 +136,9 @@ impl VmxVcpu {
         instr::write_guest(guest::INTERRUPTIBILITY_STATE, 0);
     }
 
-    /// One entry; `None` when the guest is to go on.
-    fn once(&mut self) -> Option<Exit> {
+    /// One entry; `None` when the guest is to go on, which on a deaf machine is not to say that
+    /// there is no interrupt.
+    pub fn once(&mut self) -> Option<Exit> {
         if let Some(exit) = self.prepare() {
             return Some(exit);
         }
@@ -164,6 +166,7 @@ impl VmxVcpu {
                 cpu::take_interrupts();
                 Some(Exit::Interrupt)
             }
+            Decoded::Timer => None,
             Decoded::ReadCr3 { register } => {
                 let cr3 = self.state.cr3;
                 if register == gpr::RSP {
@@ -229,6 +232,9 @@ impl Vcpu for VmxVcpu {
 
     fn run(&mut self) -> Exit {
         loop {
+            if hearing() == Hearing::Deaf && take_interrupts() {
+                return Exit::Interrupt;
+            }
             if let Some(exit) = self.once() {
                 return exit;
             }
