@@ -17,9 +17,6 @@ use crate::virt::{Exit, GuestState, HardwareLog, NestedFault, Root, Vcpu, VcpuSe
 /// The MMU of machine `V`'s format.
 pub type Mmu<V> = TdpMmu<<V as Virt>::Format, BareHost>;
 
-/// Exits after which a guest that should have ended is given up.
-const PATIENCE: u32 = 20_000_000;
-
 /// A vCPU of machine `V`.
 pub struct BareVcpu<V: Virt> {
     mmu: Arc<Mmu<V>>,
@@ -105,23 +102,5 @@ impl<V: Virt> BareVcpu<V> {
         };
         self.faults[count] += 1;
         Ok(None)
-    }
-
-    /// Run the guest, handling its faults, until it stops for another reason.
-    pub fn run(&mut self) -> Result<Exit, Trouble> {
-        let mut last = Exit::Interrupt;
-        for _ in 0..PATIENCE {
-            last = self.enter()?;
-            match last {
-                Exit::Nested(fault) => {
-                    if let Some(outcome) = self.handle(&fault)? {
-                        return Err(Trouble::Outcome(fault, outcome));
-                    }
-                }
-                Exit::Interrupt | Exit::LogFull => {}
-                exit => return Ok(exit),
-            }
-        }
-        Err(Trouble::Endless(last))
     }
 }

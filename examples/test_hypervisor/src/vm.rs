@@ -27,6 +27,9 @@ const FRAMES: u64 = 1024;
 /// Threads that use a VM besides its vCPUs.
 const OTHERS: usize = 4;
 
+/// Exits after which a guest that should have ended is given up.
+const PATIENCE: u32 = 20_000_000;
+
 /// How a VM is made.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
@@ -259,6 +262,24 @@ impl<V: Virt> BareVcpu<V> {
             }
             exit => Err(Trouble::Exit(exit, state.rip)),
         }
+    }
+
+    /// Run the guest, handling its faults, until it stops for another reason.
+    pub fn run(&mut self) -> Result<Exit, Trouble> {
+        let mut last = Exit::Interrupt;
+        for _ in 0..PATIENCE {
+            last = self.enter()?;
+            match last {
+                Exit::Nested(fault) => {
+                    if let Some(outcome) = self.handle(&fault)? {
+                        return Err(Trouble::Outcome(fault, outcome));
+                    }
+                }
+                Exit::Interrupt | Exit::LogFull => {}
+                exit => return Ok(exit),
+            }
+        }
+        Err(Trouble::Endless(last))
     }
 
     /// Run `task` to its end.

@@ -102,8 +102,8 @@ pub fn on_all(cpus: usize, work: &(dyn Fn(usize) + Sync)) {
     let lasting = unsafe {
         core::mem::transmute::<&(dyn Fn(usize) + Sync), &'static (dyn Fn(usize) + Sync)>(work)
     };
-    for cpu in 1..cpus {
-        *JOBS[cpu].lock() = Some(Job(lasting));
+    for (cpu, job) in JOBS.iter().enumerate().take(cpus).skip(1) {
+        *job.lock() = Some(Job(lasting));
         ring(cpu);
     }
     work(0);

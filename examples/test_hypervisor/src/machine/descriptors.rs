@@ -35,14 +35,16 @@ global_asm!(
     .balign 16
     .globl exception_stubs
 exception_stubs:
-    .irp vector,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30,31
+    .irp base,0,8,16,24
+    .irp offset,0,1,2,3,4,5,6,7
     .balign {stub}
     # 8, 10 to 14, 17, 21, 29 and 30 push an error code.
-    .if ((0x60227d00 >> \vector) & 1) == 0
+    .if ((0x60227d00 >> (\base + \offset)) & 1) == 0
     pushq $0
     .endif
-    pushq $\vector
+    pushq $\base + \offset
     jmp exception_common
+    .endr
     .endr
 exception_common:
     movq %rsp, %rdi

@@ -145,7 +145,7 @@ pub fn low_memory() -> *const u8 {
 
 /// Read firmware's bytes at `at`.
 pub fn read_u8(at: u64) -> u8 {
-    assert!(at < MAP_END && at >= 8, "{at:#x} is not memory");
+    assert!((8..MAP_END).contains(&at), "{at:#x} is not memory");
     // SAFETY: mapped for good (asserted), any byte is a u8; volatile, because firmware wrote it
     // behind the compiler's back.
     unsafe { (at as *const u8).read_volatile() }

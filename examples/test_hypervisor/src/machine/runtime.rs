@@ -88,9 +88,9 @@ unsafe extern "C" fn memcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
     while at < count {
         // SAFETY: the caller gives two regions of `count` bytes. Volatile, so that the compiler
         // does not turn this loop into a call of itself.
-        let left = unsafe { a.add(at).read_volatile() };
+        let left = unsafe { a.wrapping_add(at).read_volatile() };
         // SAFETY: as above.
-        let right = unsafe { b.add(at).read_volatile() };
+        let right = unsafe { b.wrapping_add(at).read_volatile() };
         if left != right {
             return i32::from(left) - i32::from(right);
         }
@@ -109,7 +109,7 @@ unsafe extern "C" fn bcmp(a: *const u8, b: *const u8, count: usize) -> i32 {
 unsafe extern "C" fn strlen(text: *const u8) -> usize {
     let mut length = 0;
     // SAFETY: the caller gives a string that ends in 0; volatile for the reason given at memcmp.
-    while unsafe { text.add(length).read_volatile() } != 0 {
+    while unsafe { text.wrapping_add(length).read_volatile() } != 0 {
         length += 1;
     }
     length
