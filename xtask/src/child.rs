@@ -113,6 +113,20 @@ pub(crate) fn kill(child: &mut Child) -> io::Result<()> {
     child.wait().map(drop)
 }
 
+/// The same, but first asked: what the child has still to write it writes.
+pub(crate) fn end(child: &mut Child, patience: Duration) -> io::Result<()> {
+    let group = format!("-{}", child.id());
+    Command::new("kill").args(["-INT", "--", &group]).status()?;
+    let start = Instant::now();
+    while start.elapsed() < patience {
+        if child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    kill(child)
+}
+
 /// Where a program is, if it is installed.
 pub(crate) fn which(program: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH")?;

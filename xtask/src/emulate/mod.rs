@@ -37,13 +37,15 @@ const QEMU_ALL_OK: i32 = 0x21;
 /// The suites that the group `nested` runs unless told otherwise: those in which a missing flush
 /// shows, and one that shows that the chain works.
 const NESTED_SUITES: &str = "faults,aging,zap";
+/// As the value of --suite and as a group: everything.
+const ALL: &str = "all";
 /// Memory of the program's machine in Linux.
 const NESTED_MEMORY: &str = "256M";
 
 /// What the command line asks for.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
-    /// Suites, separated by commas; `None`: all.
+    /// Suites, separated by commas, or `all`; `None`: what the group runs by default.
     pub(crate) suites: Option<String>,
     /// Only the machine of this name.
     pub(crate) machine: Option<String>,
@@ -80,11 +82,11 @@ pub(crate) fn run(groups: &[String], options: &Options) -> Result<Verdict, Error
 fn choose(groups: &[String], options: &Options) -> Result<Vec<&'static Machine>, Error> {
     let known = [Group::Npt, Group::Ept, Group::Nested];
     for name in groups {
-        if name != "all" && !known.iter().any(|group| group.to_string() == *name) {
+        if name != ALL && !known.iter().any(|group| group.to_string() == *name) {
             return Err(format!("emulate: `{name}` is not npt, ept, nested or all").into());
         }
     }
-    let all = groups.is_empty() || groups.iter().any(|name| name == "all");
+    let all = groups.is_empty() || groups.iter().any(|name| name == ALL);
     let mut machines: Vec<&Machine> = MACHINES.iter().collect();
     machines.retain(|machine| all || groups.contains(&machine.group.to_string()));
     if let Some(name) = &options.machine {
@@ -174,7 +176,7 @@ impl Campaign<'_> {
 
     fn suites(&self, machine: &Machine) -> Option<&str> {
         let default = (machine.group == Group::Nested).then_some(NESTED_SUITES);
-        self.options.suites.as_deref().or(default)
+        self.options.suites.as_deref().or(default).filter(|suites| *suites != ALL)
     }
 
     fn command_line(&self, machine: &Machine) -> String {

@@ -17,6 +17,8 @@ use crate::child;
 const OUTPUT: &str = "output.txt";
 /// Between two looks at the serial port.
 const PAUSE: Duration = Duration::from_millis(30);
+/// So long may an emulator that is told to end take: Bochs writes in large pieces.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// What the script that runs in Linux says at its start and at its end.
 const LINUX_UP: &str = "chain: up";
 const LINUX_STATUS: &str = "chain: status ";
@@ -95,7 +97,8 @@ pub(crate) fn run(command: &mut Command, folder: &Path, limit: Duration) -> io::
             break;
         }
         if start.elapsed() > limit {
-            child::kill(&mut child)?;
+            child::end(&mut child, LAST_WORDS)?;
+            port.read(|line| run.line(line))?;
             break;
         }
         thread::sleep(PAUSE);

@@ -113,15 +113,21 @@ pub mod gpr {
     pub const R11: usize = 11;
 }
 
+/// RFLAGS: the bit that is always 1, and IF.
+const RFLAGS: u64 = 1 << 1 | 1 << 9;
 /// EFER.LME and LMA, NXE.
 const EFER_LONG: u64 = 1 << 8 | 1 << 10 | 1 << 11;
 
 impl GuestState {
     /// A guest about to execute at `ip` in `mode`, with its stack below `stack` and, where the mode
-    /// pages, its tables at `tables`. Interrupts are off and there are no descriptor tables: the
-    /// first exception is a triple fault.
+    /// pages, its tables at `tables`. There are no descriptor tables: the first exception is a
+    /// triple fault.
+    ///
+    /// Interrupts are on. None is ever sent to a guest, and one for the host ends the guest's run
+    /// whatever its IF says; but not on every machine (`vmx/hearing.rs`), and not where a host below
+    /// ours runs on such a machine, of which we cannot know.
     pub fn new(mode: Mode, ip: u64, stack: u64, tables: u64) -> Self {
-        let mut state = Self { rip: ip, rflags: 2, ..Self::default() };
+        let mut state = Self { rip: ip, rflags: RFLAGS, ..Self::default() };
         state.gpr[gpr::RSP] = stack;
         // Busy 32-bit (or 64-bit) TSS: VMX insists on one.
         state.tr = Segment { selector: 0, base: 0, limit: 0x67, access: 0x8b };
