@@ -26,7 +26,8 @@ use super::workload::Workload;
 const RING_BYTES: u64 = 16 << 10;
 
 /// Scenarios in the order of the tour.
-pub const NAMES: [&str; 5] = ["demand-paging", "access-tracking", "stress", "dirty-log", "migrate"];
+pub const NAMES: [&str; 6] =
+    ["demand-paging", "access-tracking", "stress", "dirty-log", "migrate", "nested"];
 
 /// Run one scenario.
 pub fn run(name: &str, options: &Options) -> Result<Report, Error> {
