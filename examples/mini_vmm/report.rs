@@ -1,12 +1,13 @@
 //! What a scenario found: checks that hold or not, counts, figures with units.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 /// One thing that must hold.
 #[derive(Clone, Debug)]
 pub struct Check {
     /// What, in kebab case.
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     /// Did it hold?
     pub ok: bool,
     /// The values.
@@ -65,8 +66,13 @@ impl Report {
     }
 
     /// Note a check.
-    pub fn check(&mut self, name: &'static str, ok: bool, detail: impl Into<String>) {
-        self.checks.push(Check { name, ok, detail: detail.into() });
+    pub fn check(
+        &mut self,
+        name: impl Into<Cow<'static, str>>,
+        ok: bool,
+        detail: impl Into<String>,
+    ) {
+        self.checks.push(Check { name: name.into(), ok, detail: detail.into() });
     }
 
     /// Note a count.

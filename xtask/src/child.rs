@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, IsTerminal};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -97,9 +97,7 @@ pub(crate) fn lines(
             ended = child.try_wait()?.map(Ended::Exit);
         }
         if ended.is_none() && limit.is_some_and(|limit| start.elapsed() > limit) {
-            // The whole group: what cargo started must not go on running.
-            Command::new("kill").args(["-9", "--", &format!("-{}", child.id())]).status()?;
-            child.wait()?;
+            kill(&mut child)?;
             return Ok((Ended::TimedOut, seen));
         }
     }
@@ -107,6 +105,32 @@ pub(crate) fn lines(
         let _ = reader.join();
     }
     Ok((ended.unwrap_or(Ended::TimedOut), seen))
+}
+
+/// End a child that leads a process group, and what it started: that must not go on running.
+pub(crate) fn kill(child: &mut Child) -> io::Result<()> {
+    Command::new("kill").args(["-9", "--", &format!("-{}", child.id())]).status()?;
+    child.wait().map(drop)
+}
+
+/// The same, but first asked: what the child has still to write it writes.
+pub(crate) fn end(child: &mut Child, patience: Duration) -> io::Result<()> {
+    let group = format!("-{}", child.id());
+    Command::new("kill").args(["-INT", "--", &group]).status()?;
+    let start = Instant::now();
+    while start.elapsed() < patience {
+        if child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    kill(child)
+}
+
+/// Where a program is, if it is installed.
+pub(crate) fn which(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH")?;
+    env::split_paths(&path).map(|folder| folder.join(program)).find(|file| file.is_file())
 }
 
 fn forward(stream: impl io::Read, sender: &std::sync::mpsc::Sender<String>) {
@@ -118,7 +142,7 @@ fn forward(stream: impl io::Read, sender: &std::sync::mpsc::Sender<String>) {
     }
 }
 
-fn named(program: &OsStr, error: &io::Error) -> io::Error {
+pub(crate) fn named(program: &OsStr, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", program.to_string_lossy()))
 }
 

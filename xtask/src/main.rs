@@ -5,7 +5,9 @@
 //! failed or could not be run, 2 for a wrong command line or a campaign that does not exist yet.
 //! A terminal sees progress; a pipe sees what matters.
 
+mod busted;
 mod child;
+mod emulate;
 mod fuzz;
 mod instructions;
 mod loom;
@@ -26,8 +28,10 @@ usage: cargo xtask CAMPAIGN
                              each known breakage of docs/mutants.txt must be noticed by its test;
                              plain: those that need no model, loom: those that do
   no-std                     a static program of the crates without std: links, runs, holds no std
-  emulate [npt|ept|nested|all]
-                             the test hypervisor under emulators (does not exist yet)
+  emulate [npt|ept|nested|all] [--machine NAME] [--suite NAME,...] [--seed N]
+          [--busted NAME [--must-fail CHECK]]
+                             the test hypervisor under emulators; --busted breaks the code on
+                             purpose, and --must-fail names the check that has to notice
   long                       the campaigns at their full length (does not exist yet)
 ";
 
@@ -58,9 +62,15 @@ fn campaign() -> Result<Verdict, Error> {
     let mut parser = lexopt::Parser::from_env();
     let mut words: Vec<String> = Vec::new();
     let mut seconds = 60_u64;
+    let mut emulate = emulate::Options::default();
     while let Some(argument) = parser.next()? {
         match argument {
             Long("seconds") => seconds = parser.value()?.parse()?,
+            Long("machine") => emulate.machine = Some(parser.value()?.string()?),
+            Long("suite") => emulate.suites = Some(parser.value()?.string()?),
+            Long("seed") => emulate.seed = Some(parser.value()?.parse()?),
+            Long("busted") => emulate.busted = Some(parser.value()?.string()?),
+            Long("must-fail") => emulate.must_fail = Some(parser.value()?.string()?),
             Short('h') | Long("help") => {
                 print!("{USAGE}");
                 return Ok(Verdict::Held);
@@ -76,7 +86,8 @@ fn campaign() -> Result<Verdict, Error> {
         "instructions" => instructions::run(rest),
         "mutants" => mutants::run(rest),
         "no-std" => no_std::run(),
-        "emulate" | "long" => {
+        "emulate" => emulate::run(rest, &emulate),
+        "long" => {
             println!("{name}: NOT RUN: this campaign does not exist yet, nothing was checked");
             Ok(Verdict::NotRun)
         }

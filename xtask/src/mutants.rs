@@ -10,12 +10,11 @@
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::busted::{self, VARIABLE};
 use crate::child::{self, Ended};
 use crate::{Error, Verdict};
 
@@ -30,8 +29,6 @@ const QUICK: [(&str, &str); 5] = [
     ("RELEASE_CODEGEN_UNITS", "16"),
     ("RELEASE_DEBUG", "0"),
 ];
-/// Picks the breakage of a process.
-const VARIABLE: &str = "BUSTED";
 
 #[derive(Debug)]
 struct Mutant {
@@ -82,7 +79,7 @@ pub(crate) fn run(wanted: &[String]) -> Result<Verdict, Error> {
         return Err(format!("mutants: {LIST} names no `{word}`").into());
     }
     mutants.retain(|mutant| wanted.is_empty() || wanted.iter().any(|word| fits(mutant, word)));
-    let wrapper = wrapper()?;
+    let wrapper = busted::wrapper()?;
     let broken = build(&mutants, &wrapper)?;
     // What each test makes of sound code.
     let mut sound = BTreeMap::new();
@@ -185,21 +182,6 @@ fn command(mutant: &Mutant, wrapper: &Path) -> Command {
     }
     cargo.args(&mutant.arguments).env("RUSTC_WORKSPACE_WRAPPER", wrapper);
     cargo
-}
-
-/// A compiler wrapper that lets the crates of this workspace be broken. Cargo keys what it builds
-/// by the wrapper's path, so dependencies are not built again and sound artifacts stay apart.
-fn wrapper() -> Result<PathBuf, Error> {
-    let folder = child::target().join("mutants-rustc");
-    fs::create_dir_all(&folder)?;
-    let path = fs::canonicalize(folder)?.join("busted");
-    let script = "#!/bin/sh\nexec \"$@\" --cfg busted\n";
-    // Written only when it differs: its age must not make cargo build again.
-    if fs::read_to_string(&path).ok().as_deref() != Some(script) {
-        fs::write(&path, script)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
-    }
-    Ok(path)
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@
 #![deny(unsafe_code)]
 
 extern crate alloc;
-#[cfg(any(test, loom, busted))]
+#[cfg(any(test, loom, all(busted, not(busted = "built_in"))))]
 extern crate std;
 
 pub mod access;

@@ -39,7 +39,7 @@ const NUDGE_AGAIN: Duration = Duration::from_millis(10);
 
 /// The answer of [`Door::enter`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Enter {
+pub(crate) enum Enter {
     /// Inside: call KVM_RUN, then [`Door::leave`].
     Go,
     /// Kicked while the door was closed: the run is over.
@@ -48,7 +48,7 @@ pub(super) enum Enter {
 
 /// The answer of [`Door::leave`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Leave {
+pub(crate) enum Leave {
     /// The run is over; somebody kicked.
     Kicked,
     /// The run is over; nobody kicked.
@@ -59,7 +59,7 @@ pub(super) enum Leave {
 
 /// How KVM_RUN came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Return {
+pub(crate) enum Return {
     /// With an exit for the VMM.
     Exit,
     /// With EINTR.
@@ -102,7 +102,7 @@ impl State {
 
 /// See the module documentation.
 #[derive(Debug, Default)]
-pub(super) struct Door {
+pub(crate) struct Door {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -117,7 +117,7 @@ impl Door {
     ///
     /// # Errors
     /// `Unsupported` if there is one already; what `mmap` or `sigaction` says.
-    pub(super) fn install(&self, vcpu: &impl AsRawFd) -> Result<(), MachineError> {
+    pub(crate) fn install(&self, vcpu: &impl AsRawFd) -> Result<(), MachineError> {
         install_handler()?;
         let page = Mapping::new(vcpu, PAGE as usize)?;
         let mut state = self.lock();
@@ -128,7 +128,7 @@ impl Door {
     }
 
     /// Called by the vCPU's thread before KVM_RUN. Waits while the door is closed.
-    pub(super) fn enter(&self) -> Enter {
+    pub(crate) fn enter(&self) -> Enter {
         let mut state = self.lock();
         state.running = true;
         while state.closed && !state.kicked {
@@ -150,7 +150,7 @@ impl Door {
     }
 
     /// Called by the vCPU's thread after KVM_RUN.
-    pub(super) fn leave(&self, how: Return) -> Leave {
+    pub(crate) fn leave(&self, how: Return) -> Leave {
         let mut state = self.lock();
         state.inside = None;
         if state.closed {
@@ -165,7 +165,7 @@ impl Door {
     }
 
     /// Ends the `run` that is going on, if any.
-    pub(super) fn kick(&self) {
+    pub(crate) fn kick(&self) {
         let mut state = self.lock();
         if state.running {
             state.kicked = true;
@@ -233,7 +233,7 @@ fn install_handler() -> Result<(), MachineError> {
 }
 
 /// Makes sure that the calling thread does not block [`kick_signal`].
-pub(super) fn unblock_signal() -> Result<(), MachineError> {
+pub(crate) fn unblock_signal() -> Result<(), MachineError> {
     // SAFETY: sigset_t is a plain C array of bits; all zeroes is the empty set.
     let mut set: libc::sigset_t = unsafe { mem::zeroed() };
     // SAFETY: `set` is a valid set, and the signal number is one the C library hands out.

@@ -110,7 +110,7 @@ impl Drop for Mapping {
 
 /// The memory of one machine.
 #[derive(Debug)]
-pub(super) struct GuestMemory {
+pub(crate) struct GuestMemory {
     base: Mapping,
     alias: Mapping,
     file: MemFd,
@@ -119,7 +119,7 @@ pub(super) struct GuestMemory {
 
 impl GuestMemory {
     /// `pages` pages of zeroes. They cost host memory when they are first touched.
-    pub(super) fn new(pages: u64) -> Result<Self, MachineError> {
+    pub(crate) fn new(pages: u64) -> Result<Self, MachineError> {
         let bytes =
             pages.checked_mul(PAGE).filter(|bytes| isize::try_from(*bytes).is_ok()).ok_or_else(
                 || MachineError::Unsupported { detail: format!("a memory of {pages} pages") },
@@ -151,12 +151,12 @@ impl GuestMemory {
     }
 
     /// Bytes.
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.base.len as u64
     }
 
     /// Address of the alias, for KVM.
-    pub(super) fn alias_address(&self) -> u64 {
+    pub(crate) fn alias_address(&self) -> u64 {
         self.alias.start() as u64
     }
 
@@ -178,7 +178,7 @@ impl GuestMemory {
     ///
     /// # Panics
     /// If the bytes do not fit.
-    pub(super) fn store_bytes(&self, at: u64, bytes: &[u8]) {
+    pub(crate) fn store_bytes(&self, at: u64, bytes: &[u8]) {
         for (address, byte) in (at as usize..).zip(bytes) {
             // ORDERING[kvm-stub]: Relaxed. The vCPU that reads it starts after `KvmMachine::new`
             // has returned: whatever hands the machine to its thread orders the two.

@@ -14,9 +14,9 @@
 //! registers and the error code from the handler's stack; the next `run` finishes the handler, and
 //! the guest tries the access again with all its registers as they were.
 
-mod door;
+pub(crate) mod door;
 mod flush;
-mod memory;
+pub(crate) mod memory;
 mod stub;
 mod vcpu;
 

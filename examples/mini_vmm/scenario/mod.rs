@@ -4,6 +4,7 @@ mod access_tracking;
 mod demand_paging;
 mod dirty_log;
 mod migration;
+mod nested;
 mod stress;
 mod tiering;
 
@@ -26,11 +27,14 @@ use super::workload::Workload;
 const RING_BYTES: u64 = 16 << 10;
 
 /// Scenarios in the order of the tour.
-pub const NAMES: [&str; 6] =
-    ["demand-paging", "access-tracking", "stress", "dirty-log", "migrate", "tiering"];
+pub const NAMES: [&str; 7] =
+    ["demand-paging", "access-tracking", "stress", "dirty-log", "migrate", "tiering", "nested"];
 
 /// Run one scenario.
 pub fn run(name: &str, options: &Options) -> Result<Report, Error> {
+    if name == "nested" {
+        return nested::run(options);
+    }
     match options.format {
         FormatChoice::Legacy => run_as::<Legacy>(name, options, Capabilities::legacy()),
         FormatChoice::Npt => run_as::<Npt>(name, options, Capabilities::npt()),
