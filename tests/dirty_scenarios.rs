@@ -16,8 +16,12 @@ mod log;
 mod machine;
 #[path = "../examples/mini_vmm/migrate/mod.rs"]
 mod migrate;
+#[path = "../examples/mini_vmm/nested/mod.rs"]
+mod nested;
 #[path = "../examples/mini_vmm/pages.rs"]
 mod pages;
+#[path = "../examples/test_hypervisor/protocol.rs"]
+mod protocol;
 #[path = "../examples/mini_vmm/report.rs"]
 mod report;
 #[path = "../examples/mini_vmm/scenario/mod.rs"]

@@ -117,8 +117,9 @@ pub(super) fn descend<M: GuestMem + ?Sized, B: Beneath>(
     for attempts in 1..=MAX_ATTEMPTS {
         let mut attempt = read_down(rules, mem, beneath, start, address)?;
         let operation = request.operation;
-        #[cfg(busted = "mark_before_check")]
-        let _ = mark(rules, mem, beneath, &mut attempt, address, operation)?;
+        if mmu_core::busted!("mark_before_check") {
+            let _ = mark(rules, mem, beneath, &mut attempt, address, operation)?;
+        }
         check(rules, &attempt.path, request)?;
         if mark(rules, mem, beneath, &mut attempt, address, operation)? == Exchange::Lost {
             continue;
@@ -245,9 +246,7 @@ fn mark<M: GuestMem + ?Sized, B: Beneath>(
                 }
             }
             Ok(Exchange::ReadOnly) => {}
-            #[cfg(busted = "skip_walk_restart")]
-            Ok(Exchange::Lost) => {}
-            #[cfg(not(busted = "skip_walk_restart"))]
+            Ok(Exchange::Lost) if mmu_core::busted!("skip_walk_restart") => {}
             Ok(Exchange::Lost) => return Ok(Exchange::Lost),
             Err(_) => return Err(halt(Cause::NotMemory, entry.level)),
         }
