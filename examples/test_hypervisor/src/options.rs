@@ -23,8 +23,8 @@ pub struct Options {
 }
 
 impl Options {
-    /// Read `line`: `format=npt|ept|auto cpus=N suite=NAME[,NAME...] without=NAME[,NAME...] seed=N`,
-    /// each at most once, each optional.
+    /// Read `line`: `format=npt|ept|auto cpus=N seed=N suite=NAME[,NAME...]
+    /// without=NAME[,NAME...]`, each at most once, each optional.
     ///
     /// # Panics
     /// When there is something else in it: a misspelt word must not pass for a run of everything.
