@@ -96,8 +96,10 @@ impl<V: Virt> Worker<V> {
             match self.vcpu.enter() {
                 Ok(Exit::Nested(fault)) => match self.vcpu.handle(&fault) {
                     Ok(None) => {}
-                    // Its slot is on its way back: let CPU 0, if it is this one, do its part.
+                    // Its slot is on its way back, or its page is let go again: let CPU 0, if it
+                    // is this one, do its part.
                     Ok(Some(FaultOutcome::Emulate(EmulateReason::NoSlot { .. }))) => return,
+                    Ok(Some(FaultOutcome::WriteProtected)) => return,
                     Ok(Some(outcome)) => break Err(Trouble::Outcome(fault, outcome)),
                     Err(trouble) => break Err(trouble),
                 },
@@ -192,6 +194,13 @@ pub fn run<V: Virt>(
         crowd.faults.iter_mut().zip(part.faults).for_each(|(all, one)| *all += one);
     }
     crowd
+}
+
+/// The words that a crowd uses in these pages of the data, summed up.
+pub fn sum<V: Virt>(vm: &Vm<V>, first: u64, pages: u64) -> u64 {
+    let words = &vm.data.words()[(first * 512) as usize..((first + pages) * 512) as usize];
+    let used = words.iter().step_by(STRIDE as usize / 8);
+    used.fold(0, |sum, word| sum.wrapping_mul(31).wrapping_add(word.load(Ordering::Acquire)))
 }
 
 /// Words of a vCPU's share that the host finds wrong at the end.

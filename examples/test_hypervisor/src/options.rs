@@ -5,7 +5,7 @@ use arrayvec::{ArrayString, ArrayVec};
 use crate::machine::cpu::MAX_CPUS;
 
 /// Suites that can be asked for by name.
-const MAX_SUITES: usize = 16;
+const MAX_SUITES: usize = 32;
 
 /// What the command line asks for.
 #[derive(Clone, Debug)]

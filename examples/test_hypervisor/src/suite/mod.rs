@@ -12,6 +12,7 @@ mod huge;
 mod mmio;
 mod modes;
 mod platform;
+mod protect;
 mod shadow_exits;
 mod sizes;
 mod tracking;
@@ -39,6 +40,7 @@ pub const fn all<V: Virt>() -> &'static [Suite<V>] {
         ("tracking", tracking::run),
         ("mmio", mmio::run),
         ("huge", huge::run),
+        ("protect", protect::run),
         ("dirty", dirty::run),
         ("aging", aging::run),
         ("zap", zap::run),

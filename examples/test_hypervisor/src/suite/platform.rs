@@ -56,11 +56,11 @@ fn memory<V: Virt>(lab: &mut Lab<V>) {
     lab.check("memory-comes-back-clean", same && clean, format_args!("{again:?}"));
     // More than the heap holds, one after the other.
     let mut sum = 0;
-    for round in 0..100_u8 {
+    for round in 0..30_u8 {
         let block = Box::new([round; 1 << 20]);
         sum += u64::from(core::hint::black_box(&block)[1 << 19]);
     }
-    lab.equal("the-heap-takes-back", sum, (0..100).sum());
+    lab.equal("the-heap-takes-back", sum, (0..30).sum());
 }
 
 /// Everything a program can do that ends a run.

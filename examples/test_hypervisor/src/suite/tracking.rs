@@ -3,6 +3,7 @@
 
 use mmu_core::access::Access;
 use mmu_core::addr::Level;
+use mmu_core::spte::SpteFormat;
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 
 use crate::guest::program::Program;
@@ -22,6 +23,11 @@ pub fn run<V: Virt>(lab: &mut Lab<V>) {
     let vm = Vm::new(lab, shape);
     let (mut vcpu, mut actor) = (vm.vcpu(0), vm.actor());
     lab.went(names[0], vcpu.perform(&Task::pages(Program::Write, data_at(0), 8)));
+    // The leaf's bits are the software's now, which sets them; nobody sets those of the links.
+    let way = vm.mmu.lookup(&mut actor, 0, data_gfn(3));
+    let mut links = way.iter().filter(|(level, _)| *level != Level::L1);
+    let alone = links.all(|(_, spte)| spte.raw() & V::Format::ACCESSED == 0);
+    lab.check("hardware-leaves-links-alone", alone, format_args!("{way:x?}"));
     let range = vm.data_range();
     let request = AgeRequest { range, mode: AgeMode::ClearFlush, budget: u64::MAX };
     let first = vm.mmu.age(&mut actor, request, &mut CountOnly);

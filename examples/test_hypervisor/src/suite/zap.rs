@@ -64,13 +64,6 @@ fn forget_writes<V: Virt>(lab: &mut Lab<V>, vm: &Vm<V>, vcpu: &mut BareVcpu<V>) 
     vcpu.machine().flush(LocalFlush::Context);
 }
 
-/// Words of a range, summed up.
-fn sum<V: Virt>(vm: &Vm<V>, first: u64, pages: u64) -> u64 {
-    let words = &vm.data.words()[(first * 512) as usize..((first + pages) * 512) as usize];
-    let used = words.iter().step_by(crowd::STRIDE as usize / 8);
-    used.fold(0, |sum, word| sum.wrapping_mul(31).wrapping_add(word.load(Ordering::Acquire)))
-}
-
 /// Zap ranges that guests are writing to, and look whether they stand still.
 fn shootdown<V: Virt>(lab: &mut Lab<V>) {
     let vcpus = lab.cpus.max(2) as u64;
@@ -87,9 +80,9 @@ fn shootdown<V: Virt>(lab: &mut Lab<V>) {
         let guard = vm.mmu.vm().invalidate(actor.participant(), range);
         zapped += vm.mmu.unmap_in(actor, &guard, range).pages();
         // Faults retry while the guard lives: nothing may change.
-        let before = sum(&vm, first, pages.min(16));
+        let before = crowd::sum(&vm, first, pages.min(16));
         (0..LONG).for_each(|_| spin_loop());
-        alive += u64::from(sum(&vm, first, pages.min(16)) != before);
+        alive += u64::from(crowd::sum(&vm, first, pages.min(16)) != before);
         drop(guard);
     });
     lab.crowd("memory-while-zapped", &crowd);

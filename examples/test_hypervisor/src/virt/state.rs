@@ -113,7 +113,8 @@ pub mod gpr {
     pub const R11: usize = 11;
 }
 
-/// RFLAGS: the bit that is always 1, and IF.
+/// The bit that is always set, and IF: if this program is itself a guest, on some machines an
+/// interrupt for *its* host does not end a guest of ours that has interrupts off.
 const RFLAGS: u64 = 1 << 1 | 1 << 9;
 /// EFER.LME and LMA, NXE.
 const EFER_LONG: u64 = 1 << 8 | 1 << 10 | 1 << 11;
@@ -121,11 +122,7 @@ const EFER_LONG: u64 = 1 << 8 | 1 << 10 | 1 << 11;
 impl GuestState {
     /// A guest about to execute at `ip` in `mode`, with its stack below `stack` and, where the mode
     /// pages, its tables at `tables`. There are no descriptor tables: the first exception is a
-    /// triple fault.
-    ///
-    /// Interrupts are on. None is ever sent to a guest, and one for the host ends the guest's run
-    /// whatever its IF says; but not on every machine (`vmx/hearing.rs`), and not where a host below
-    /// ours runs on such a machine, of which we cannot know.
+    /// triple fault. Interrupts are on, and none is ever injected.
     pub fn new(mode: Mode, ip: u64, stack: u64, tables: u64) -> Self {
         let mut state = Self { rip: ip, rflags: RFLAGS, ..Self::default() };
         state.gpr[gpr::RSP] = stack;

@@ -149,12 +149,6 @@ impl Abilities {
         (msr(msr::IA32_VMX_CR0_FIXED0), msr(msr::IA32_VMX_CR4_FIXED0))
     }
 
-    /// Ticks of the preemption timer in `stamps` time stamps, at least one.
-    pub fn timer_ticks(stamps: u64) -> u64 {
-        // Bits 4:0: log2 of the time stamps to a tick.
-        (stamps >> (msr(msr::IA32_VMX_MISC) & 0x1f)).max(1)
-    }
-
     /// In the words of both extensions.
     pub fn features(&self) -> Features {
         let has = |ability| self.ept_vpid.contains(ability);

@@ -25,7 +25,6 @@ mod reason {
     pub(super) const IO: u64 = 30;
     pub(super) const EPT_VIOLATION: u64 = 48;
     pub(super) const EPT_MISCONFIGURATION: u64 = 49;
-    pub(super) const TIMER: u64 = 52;
     pub(super) const LOG_FULL: u64 = 62;
 }
 
@@ -41,8 +40,6 @@ pub enum Decoded {
     Behind(Exit),
     /// The host has an interrupt to take.
     Interrupt,
-    /// The guest's turn is over (deaf machines).
-    Timer,
     /// The guest reads its CR3, which is not the processor's (shadow paging): it wants it in this
     /// general register.
     ReadCr3 {
@@ -75,7 +72,6 @@ pub fn decode(gpr: &[u64; 16]) -> Decoded {
             linear: None,
             raw: RawFault::Misconfiguration,
         })),
-        reason::TIMER => Decoded::Timer,
         reason::LOG_FULL => Decoded::On(Exit::LogFull),
         _ => other,
     }

@@ -22,7 +22,7 @@ const SEGMENT: [u32; 4] =
 const SEGMENTS: usize = 8;
 
 /// The fields after the segments, in the order of [`pack`].
-const OTHERS: [u32; 11] = [
+const OTHERS: [u32; 15] = [
     guest::GDTR_BASE,
     guest::GDTR_LIMIT,
     guest::IDTR_BASE,
@@ -34,20 +34,12 @@ const OTHERS: [u32; 11] = [
     guest::CR3,
     guest::CR4,
     guest::IA32_EFER_FULL,
+    guest::PDPTE0_FULL,
+    guest::PDPTE1_FULL,
+    guest::PDPTE2_FULL,
+    guest::PDPTE3_FULL,
 ];
 const FIELDS: usize = 4 * SEGMENTS + OTHERS.len();
-
-/// Those that the guest's paging depends on.
-const PAGING: [u32; 4] = [guest::CR0, guest::CR3, guest::CR4, guest::IA32_EFER_FULL];
-
-/// Has the program changed how the guest pages?
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Paging {
-    /// No.
-    Same,
-    /// Its control registers, or EFER.
-    Changed,
-}
 
 /// Number of field `index`.
 fn field(index: usize) -> u32 {
@@ -133,22 +125,21 @@ impl Shadowed {
             self.shadow_root.unwrap_or(state.cr3),
             state.cr4 | self.cr4_ones,
             state.efer,
+            state.pdpte[0],
+            state.pdpte[1],
+            state.pdpte[2],
+            state.pdpte[3],
         ]);
         values
     }
 
-    /// Write what differs into the current VMCS. Did anything change that the guest's paging
-    /// depends on?
-    pub fn store(&mut self, state: &GuestState) -> Paging {
-        let mut paging = Paging::Same;
+    /// Write what differs into the current VMCS.
+    pub fn store(&mut self, state: &GuestState) {
         let values = self.pack(state);
         for (index, (held, value)) in self.held.iter_mut().zip(values).enumerate() {
             if *held != Some(value) {
                 instr::write_guest(field(index), value);
                 *held = Some(value);
-                if PAGING.contains(&field(index)) {
-                    paging = Paging::Changed;
-                }
             }
         }
         let shadows = (state.cr0, state.cr4);
@@ -157,7 +148,6 @@ impl Shadowed {
             write_harmless(control::CR4_READ_SHADOW, shadows.1);
             self.read_shadows = Some(shadows);
         }
-        paging
     }
 
     /// Read the guest half of the current VMCS.
@@ -191,6 +181,7 @@ impl Shadowed {
         }
         state.cr4 = next() & !self.cr4_mask | state.cr4 & self.cr4_mask;
         state.efer = next();
+        state.pdpte = core::array::from_fn(|_| next());
     }
 }
 

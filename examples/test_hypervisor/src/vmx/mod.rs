@@ -2,17 +2,15 @@
 //!
 //! Owns [`Vmx`]. `abilities` and `wanted` say what the CPU can and the program wants, `instr` and
 //! `enter` hold the instructions, `region` the pages that the processor is given, `vmcs` and
-//! `guest` (with `pdpte`) the two halves of a VMCS, `ept` the pointer and the flushes, `exit` the decoding,
-//! `vcpu` all of it together, and `hearing` makes up for a machine's deviation. No locks: everything belongs to one CPU.
+//! `guest` the two halves of a VMCS, `ept` the pointer and the flushes, `exit` the decoding, and
+//! `vcpu` all of it together. No locks: everything belongs to one CPU.
 
 mod abilities;
 mod enter;
 mod ept;
 mod exit;
 mod guest;
-mod hearing;
 mod instr;
-mod pdpte;
 mod region;
 mod vcpu;
 mod vmcs;
@@ -21,7 +19,6 @@ mod wanted;
 use mmu_core::spte::{Capabilities, Ept};
 use x86::controlregs::{self, Cr0, Cr4};
 
-use crate::machine::cpu;
 use crate::virt::{Features, LocalFlush, VcpuSetup, Virt, VirtError};
 use abilities::Abilities;
 use ept::Context;
@@ -66,7 +63,7 @@ impl Virt for Vmx {
         core::mem::forget(region);
         // Whoever used VMX before may have left translations behind.
         ept::flush(&abilities, Context { eptp: None, vpid: 0 }, LocalFlush::All);
-        if cpu::current() == 0 { hearing::find_out(abilities) } else { Ok(()) }
+        Ok(())
     }
 
     fn vcpu(setup: VcpuSetup) -> Result<VmxVcpu, VirtError> {

@@ -33,21 +33,10 @@ impl Region {
 
     /// A page that begins with the revision number that VMXON and VMPTRLD look for.
     pub fn with_revision(revision: u32) -> Self {
-        let mut region = Self::zeroed();
-        region.set_word(0, u64::from(revision));
+        let region = Self::zeroed();
+        // SAFETY: the page is ours, aligned, and the processor does not use it yet.
+        unsafe { region.0.write_volatile(u64::from(revision)) };
         region
-    }
-
-    /// Change word `index` of 512. For pages that the processor does not use, or only reads.
-    ///
-    /// # Panics
-    /// There is no such word.
-    pub fn set_word(&mut self, index: usize, value: u64) {
-        assert!(index < WORDS, "word {index} of a page");
-        // SAFETY: inside the page (asserted), which is allocated as long as `self`.
-        let word = unsafe { self.0.add(index) };
-        // SAFETY: aligned, and ours to write; volatile, because processors read it.
-        unsafe { word.write_volatile(value) };
     }
 
     /// Its physical address.

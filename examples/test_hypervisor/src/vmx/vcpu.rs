@@ -13,11 +13,10 @@ use super::abilities::{Abilities, EptVpid};
 use super::enter::{self, By, Entered};
 use super::ept::{self, Context, Eptp};
 use super::exit::{self, Decoded};
-use super::guest::{Paging, Shadowed};
-use super::hearing::{Hearing, hearing, take_interrupts};
+use super::guest::Shadowed;
+use super::instr;
 use super::vmcs::{GuestMode, Vmcs};
 use super::wanted::Wanted;
-use super::{instr, pdpte};
 use crate::machine::cpu;
 use crate::println;
 use crate::virt::state::gpr;
@@ -38,10 +37,6 @@ pub struct VmxVcpu {
     state_held: bool,
     translation: Translation,
     context: Context,
-    /// The tables in use; `None` with shadow paging.
-    root: Option<Root>,
-    /// The guest uses PAE and the VMCS does not have its top entries yet.
-    pdptes_stale: bool,
     /// What the next entry has to forget.
     owed: Option<LocalFlush>,
     by: By,
@@ -74,8 +69,6 @@ impl VmxVcpu {
             state_held: true,
             translation: setup.translation,
             context,
-            root: None,
-            pdptes_stale: false,
             owed: None,
             by: By::Launch,
         })
@@ -91,8 +84,8 @@ impl VmxVcpu {
         self.owed = self.owed.max(Some(what));
     }
 
-    /// What the state asks of the VMCS; an exit if the processor would exit over it.
-    fn prepare(&mut self) -> Option<Exit> {
+    /// What the state asks of the VMCS.
+    fn prepare(&mut self) {
         self.make_current();
         if let Some(what) = self.owed.take() {
             ept::flush(&self.abilities, self.context, what);
@@ -100,18 +93,7 @@ impl VmxVcpu {
         if self.state_held {
             let long = self.state.efer & LONG_ACTIVE != 0;
             self.vmcs.set_guest_mode(if long { GuestMode::Long } else { GuestMode::Other });
-            if self.held.store(&self.state) == Paging::Changed {
-                self.pdptes_stale = pdpte::applies(&self.state);
-            }
-        }
-        // Without extended tables the processor reads them itself, from memory.
-        let root = self.root.filter(|_| self.pdptes_stale)?;
-        match pdpte::load(root, self.state.cr3) {
-            Ok(()) => {
-                self.pdptes_stale = false;
-                None
-            }
-            Err(fault) => Some(Exit::Nested(fault)),
+            self.held.store(&self.state);
         }
     }
 
@@ -136,12 +118,9 @@ impl VmxVcpu {
         instr::write_guest(guest::INTERRUPTIBILITY_STATE, 0);
     }
 
-    /// One entry; `None` when the guest is to go on, which on a deaf machine is not to say that
-    /// there is no interrupt.
-    pub fn once(&mut self) -> Option<Exit> {
-        if let Some(exit) = self.prepare() {
-            return Some(exit);
-        }
+    /// One entry; `None` when the guest is to go on.
+    fn once(&mut self) -> Option<Exit> {
+        self.prepare();
         match self.enter() {
             Entered::Exited => {}
             Entered::Failed => return Some(refused(instr::instruction_error())),
@@ -166,7 +145,6 @@ impl VmxVcpu {
                 cpu::take_interrupts();
                 Some(Exit::Interrupt)
             }
-            Decoded::Timer => None,
             Decoded::ReadCr3 { register } => {
                 let cr3 = self.state.cr3;
                 if register == gpr::RSP {
@@ -211,7 +189,6 @@ impl Vcpu for VmxVcpu {
                     panic!("VMWRITE of the EPTP: {error:?}");
                 }
                 self.context.eptp = Some(eptp);
-                self.root = Some(root);
             }
             Translation::Shadow => {
                 // Part of the state that the next entry writes.
@@ -232,9 +209,6 @@ impl Vcpu for VmxVcpu {
 
     fn run(&mut self) -> Exit {
         loop {
-            if hearing() == Hearing::Deaf && take_interrupts() {
-                return Exit::Interrupt;
-            }
             if let Some(exit) = self.once() {
                 return exit;
             }

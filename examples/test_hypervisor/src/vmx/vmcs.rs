@@ -11,10 +11,10 @@ use x86::vmx::vmcs::{control, guest, host};
 use x86::{controlregs, dtables, msr, segmentation, task};
 
 use super::abilities::Abilities;
+use super::enter;
 use super::instr::{self, Failed};
 use super::region::Region;
 use super::wanted::{LONG_GUEST, Wanted};
-use super::{enter, hearing};
 use crate::machine::cpu::{self, MAX_CPUS};
 use crate::virt::{HardwareLog, VirtError};
 
@@ -87,11 +87,6 @@ impl Vmcs {
             (guest::PENDING_DBG_EXCEPTIONS, 0),
         ] {
             instr::write_guest(field, value);
-        }
-        if wanted.has_timer() {
-            // Not saved by exits: each entry begins a turn.
-            let ticks = Abilities::timer_ticks(hearing::TURN);
-            instr::write_guest(guest::VMX_PREEMPTION_TIMER_VALUE, ticks);
         }
         if this.log.is_some() {
             instr::write_guest(guest::PML_INDEX, LOG_ENTRIES - 1);

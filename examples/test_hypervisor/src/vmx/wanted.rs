@@ -8,7 +8,6 @@ use x86::vmx::vmcs::control::{
 };
 
 use super::abilities::Abilities;
-use super::hearing::{Hearing, hearing};
 use crate::virt::{HardwareLog, Translation, VcpuSetup, VirtError};
 
 /// Kinds of control words.
@@ -73,11 +72,6 @@ pub struct Wanted {
 pub const PAGE_FAULT: u32 = 14;
 
 impl Wanted {
-    /// Is there a timer that ends the guest's turn?
-    pub const fn has_timer(&self) -> bool {
-        self.pin & PinbasedControls::VMX_PREEMPTION_TIMER.bits() != 0
-    }
-
     /// Are translations tagged?
     pub const fn has_vpid(&self) -> bool {
         self.secondary & VPID != 0
@@ -88,12 +82,7 @@ impl Wanted {
     /// # Errors
     /// The CPU does not offer it; the value is the bits that it lacks.
     pub fn new(abilities: &Abilities, setup: VcpuSetup) -> Result<Self, VirtError> {
-        let mut pin = PinbasedControls::EXTERNAL_INTERRUPT_EXITING | PinbasedControls::NMI_EXITING;
-        let timer = PinbasedControls::VMX_PREEMPTION_TIMER;
-        // Wanted of deaf machines; where it does not exist, a guest that hears nothing hangs.
-        if hearing() != Hearing::Sound && abilities.allows(Kind::Pin, timer.bits()) {
-            pin |= timer;
-        }
+        let pin = PinbasedControls::EXTERNAL_INTERRUPT_EXITING | PinbasedControls::NMI_EXITING;
         // MSRs are the guest's but for EFER: the bitmap is all 0.
         let mut primary = PrimaryControls::HLT_EXITING
             | PrimaryControls::UNCOND_IO_EXITING
