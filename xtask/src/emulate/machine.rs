@@ -71,6 +71,8 @@ pub(crate) struct Machine {
     cpus: u32,
     /// CPUs that our program sees.
     pub(crate) ours: u32,
+    /// The suites that it runs unless told otherwise; `None`: all.
+    pub(crate) suites: Option<&'static str>,
 }
 
 impl Machine {
@@ -81,7 +83,7 @@ impl Machine {
         model: &'static str,
         cpus: u32,
     ) -> Self {
-        Self { name, group, emulator, model, cpus, ours: cpus }
+        Self { name, group, emulator, model, cpus, ours: cpus, suites: None }
     }
 
     /// So long may it run. Generous: the host is busy with other things, too.
@@ -90,12 +92,28 @@ impl Machine {
     }
 }
 
+/// The suites that the group `nested` runs: those in which a missing flush shows, and one that shows
+/// that the chain works.
+const NESTED_SUITES: &str = "faults,flush,aging,zap";
+/// All but `platform`: a triple fault of a guest ends Bochs 2.7 itself, which does not know SVM's
+/// intercept of shutdown.
+const RYZEN_SUITES: &str = "modes,shadow-exits,faults,accessed-dirty,flush,sizes,execute,tracking,\
+    mmio,huge,protect,dirty,aging,zap,zap-all,workload";
+
 /// All of them.
 pub(crate) const MACHINES: [Machine; 10] = [
     Machine::bare("qemu-max-1", Group::Npt, Emulator::Qemu, "max", 1),
     Machine::bare("qemu-max-2", Group::Npt, Emulator::Qemu, "max", 2),
     Machine::bare("qemu-epyc-2", Group::Npt, Emulator::Qemu, "EPYC", 2),
-    Machine::bare("bochs-ryzen-1", Group::Npt, Emulator::Bochs, "ryzen", 1),
+    Machine {
+        name: "bochs-ryzen-1",
+        group: Group::Npt,
+        emulator: Emulator::Bochs,
+        model: "ryzen",
+        cpus: 1,
+        ours: 1,
+        suites: Some(RYZEN_SUITES),
+    },
     Machine::bare("bochs-haswell-1", Group::Ept, Emulator::Bochs, "corei7_haswell_4770", 1),
     Machine::bare("bochs-haswell-2", Group::Ept, Emulator::Bochs, "corei7_haswell_4770", 2),
     Machine::bare("bochs-skylake-1", Group::Ept, Emulator::Bochs, "corei7_skylake_x", 1),
@@ -107,6 +125,7 @@ pub(crate) const MACHINES: [Machine; 10] = [
         model: "max",
         cpus: 2,
         ours: 2,
+        suites: Some(NESTED_SUITES),
     },
     // Bochs' CPUs take turns: a second one would make Linux slower and nothing more true.
     Machine {
@@ -116,6 +135,7 @@ pub(crate) const MACHINES: [Machine; 10] = [
         model: "corei7_haswell_4770",
         cpus: 1,
         ours: 2,
+        suites: Some(NESTED_SUITES),
     },
 ];
 

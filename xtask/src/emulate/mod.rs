@@ -34,9 +34,6 @@ use skips::{Skips, Suites};
 
 /// What QEMU exits with when the program says that all is well: (0x10 << 1) | 1.
 const QEMU_ALL_OK: i32 = 0x21;
-/// The suites that the group `nested` runs unless told otherwise: those in which a missing flush
-/// shows, and one that shows that the chain works.
-const NESTED_SUITES: &str = "faults,aging,zap";
 /// As the value of --suite and as a group: everything.
 const ALL: &str = "all";
 /// Memory of the program's machine in Linux.
@@ -45,7 +42,7 @@ const NESTED_MEMORY: &str = "256M";
 /// What the command line asks for.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
-    /// Suites, separated by commas, or `all`; `None`: what the group runs by default.
+    /// Suites, separated by commas, or `all`; `None`: what the machine runs by default.
     pub(crate) suites: Option<String>,
     /// Only the machine of this name.
     pub(crate) machine: Option<String>,
@@ -175,8 +172,7 @@ impl Campaign<'_> {
     }
 
     fn suites(&self, machine: &Machine) -> Option<&str> {
-        let default = (machine.group == Group::Nested).then_some(NESTED_SUITES);
-        self.options.suites.as_deref().or(default).filter(|suites| *suites != ALL)
+        self.options.suites.as_deref().or(machine.suites).filter(|suites| *suites != ALL)
     }
 
     fn command_line(&self, machine: &Machine) -> String {
