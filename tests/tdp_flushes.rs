@@ -5,15 +5,16 @@ mod common;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::{BASE, Batch, Core, Guest, M2, Modelled, TestHost, code, gpa, range};
+use common::{BASE, Batch, Core, DATA, Guest, M2, Modelled, Shape, TestHost, code, gpa, range};
 use mmu_core::addr::{Gfn, Level};
 use mmu_core::fault::PageFault;
+use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Capabilities, Ept, Legacy, SpteFormat};
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, AgeSink, CountOnly, MASK_WORDS};
 use mmu_core::vm::Actor;
 use mmu_model::AccessKind::{Fetch, Read};
 use mmu_model::{Caches, SoftCpu};
-use tdp_mmu::{TdpMmu, TdpVcpu};
+use tdp_mmu::{DirtyTracking, TdpMmu, TdpOptions, TdpVcpu};
 
 /// Row 0.2.7: a processor may walk a table that was unlinked until the flush is complete, so nobody
 /// is given its frame before.
@@ -208,4 +209,32 @@ fn coarse_after_precise<F: Modelled>(caps: Capabilities) {
 fn what_a_coarse_pass_clears_after_a_precise_one_is_flushed_by_the_next() {
     coarse_after_precise::<Ept>(Capabilities::ept());
     coarse_after_precise::<Legacy>(Capabilities::legacy());
+}
+
+/// Row 3.48: a write stands in the buffer of the processor that made it until somebody asks.
+#[test]
+fn what_processors_have_logged_is_fetched_before_it_is_handed_out() {
+    let mut options = TdpOptions::default();
+    options.dirty = DirtyTracking::HardwareLog;
+    let mut guest = Guest::<Ept>::with(Shape { options, ..Shape::new(Capabilities::ept()) });
+    guest.slot(0, BASE, 64, DATA, SlotFlags::LOG_DIRTY);
+    let mut vcpu = TdpVcpu::new(&guest.mmu, 0).expect("room");
+    vcpu.load_root().expect("a root");
+    let vcpu = Arc::new(Mutex::new(vcpu));
+    // A processor that wrote pages 3 and 9 and has not been asked.
+    let buffer = Arc::new(Mutex::new(vec![Gfn::new(BASE + 3), Gfn::new(BASE + 9)]));
+    let (owner, logged) = (Arc::downgrade(&vcpu), Arc::clone(&buffer));
+    guest.host().on_sync(Arc::new(move || {
+        let pages = std::mem::take(&mut *logged.lock().unwrap());
+        let vcpu = owner.upgrade().expect("alive");
+        let _ = vcpu.lock().unwrap().log_hardware(pages).expect("no ring");
+    }));
+    let mut words = [0];
+    let peeked = guest.mmu.peek_log(&mut guest.actor, 0, 0, &mut words).expect("logged");
+    assert_eq!((peeked.pages, words), (2, [1 << 3 | 1 << 9]));
+    buffer.lock().unwrap().push(Gfn::new(BASE + 5));
+    let taken = guest.mmu.harvest_log(&mut guest.actor, 0, 0, &mut words).expect("logged");
+    assert_eq!((taken.pages, words), (3, [1 << 3 | 1 << 5 | 1 << 9]));
+    drop(vcpu);
+    guest.finish();
 }

@@ -6,18 +6,18 @@ mod common;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::{BASE, Batch, DATA, G1, Guest, M2, Modelled, Shape, gpa, linear, range};
+use common::{BASE, Batch, DATA, G1, Guest, M2, Modelled, Shape, gpa, linear, range, request};
 use mmu_core::access::PfErrorCode;
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::flush::FlushScope;
-use mmu_core::slot::SlotFlags;
+use mmu_core::slot::{SlotChange, SlotFlags, SlotRequest};
 use mmu_core::spte::{Capabilities, Ept, Npt};
 use mmu_core::stats::Counter;
 use mmu_core::traits::AgeMode;
 use mmu_model::{AccessKind, Random};
 use tdp_mmu::root::{MAX_ROOTS, RootError, ZapProgress};
-use tdp_mmu::{TdpVcpu, ZapReport};
+use tdp_mmu::{CollapseReport, SlotZap, TdpOptions, TdpVcpu, ZapReport};
 
 use AccessKind::{Read, Write};
 
@@ -474,4 +474,36 @@ fn a_deleted_or_moved_slot_leaves_nothing_behind() {
     assert_eq!(guest.check().leaves, [0; 3]);
     assert_eq!(guest.mmu.lookup(&mut guest.actor, 0, Gfn::new(BASE)).len(), 3, "tables stay");
     guest.finish();
+}
+
+/// 8.4: what a slot takes along when it goes is reported, and what comes back when logging ends.
+#[test]
+fn a_change_of_a_slot_reports_what_it_took_out_and_put_in() {
+    for slot_zap in [SlotZap::Range, SlotZap::All] {
+        let mut options = TdpOptions::default();
+        options.slot_zap = slot_zap;
+        let mut guest = Guest::<Ept>::with(Shape { options, ..Shape::new(Capabilities::ept()) });
+        guest.host().set_resolver(linear(Level::L2));
+        let slot = |base, flags| request(0, base, M2, DATA, flags);
+        let change =
+            |guest: &mut Guest<Ept>, request: &SlotRequest| guest.set_slot(request).expect("legal");
+        let made = change(&mut guest, &slot(BASE, SlotFlags::empty()));
+        let nothing = (ZapReport::default(), CollapseReport::default());
+        assert_eq!((made.zapped, made.collapsed), nothing);
+        guest.map([BASE], Write, Level::L2);
+        let logged = change(&mut guest, &slot(BASE, SlotFlags::LOG_DIRTY));
+        assert_eq!((logged.zapped, logged.collapsed), nothing);
+        let plain = change(&mut guest, &slot(BASE, SlotFlags::empty()));
+        assert_eq!((plain.zapped, plain.collapsed.collapses), (ZapReport::default(), [1, 0]));
+        let moved = change(&mut guest, &slot(BASE + M2, SlotFlags::empty()));
+        assert!(matches!(moved.change, SlotChange::Move { .. }), "{moved:?}");
+        assert_eq!((moved.zapped.leaves, moved.zapped.dirty), ([0, 1, 0], M2), "{slot_zap:?}");
+        guest.vcpu.load_root().expect("a root");
+        guest.map([BASE + M2 + 5], Read, Level::L1);
+        let gone = SlotRequest { bytes: 0, ..slot(BASE + M2, SlotFlags::empty()) };
+        assert_eq!(change(&mut guest, &gone).zapped.leaves, [1, 0, 0], "{slot_zap:?}");
+        guest.vcpu.load_root().expect("a root");
+        guest.check();
+        guest.finish();
+    }
 }

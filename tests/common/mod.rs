@@ -23,7 +23,7 @@ use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
 use mmu_core::flush::{FlushBatch, FlushScope};
 use mmu_core::frame::{Arena, FrameMeta, PageTable, PhysMap, raw};
 use mmu_core::slot::{
-    LogOptions, Memslot, SlotChange, SlotError, SlotFlags, SlotLimits, SlotRequest, SlotWriter,
+    LogOptions, Memslot, SlotError, SlotFlags, SlotLimits, SlotRequest, SlotWriter,
 };
 use mmu_core::spte::{Capabilities, Ept, Legacy, Npt, Spte, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
@@ -34,7 +34,7 @@ use mmu_core::traits::{
 };
 use mmu_core::vm::{Actor, VmCore};
 use mmu_model::{AccessKind, Format, Mode, PhysMem, SoftCpu, Translation, Walker};
-use tdp_mmu::{TdpMmu, TdpOptions, TdpVcpu};
+use tdp_mmu::{SlotUpdate, TdpMmu, TdpOptions, TdpVcpu};
 
 /// Frame number of the first table: low enough for the CR3 of PAE.
 pub const TABLES: u64 = 0x1000;
@@ -565,7 +565,7 @@ impl<F: Modelled> Guest<F> {
         self.mmu.vm().stats().get(counter)
     }
 
-    pub fn set_slot(&mut self, request: &SlotRequest) -> Result<SlotChange, SlotError> {
+    pub fn set_slot(&mut self, request: &SlotRequest) -> Result<SlotUpdate, SlotError> {
         self.mmu.set_slot(&mut self.slots.lock().unwrap(), &mut self.actor, request)
     }
 
@@ -574,7 +574,7 @@ impl<F: Modelled> Guest<F> {
         &mut self,
         request: &SlotRequest,
         pages: std::ops::Range<u64>,
-    ) -> Result<SlotChange, SlotError> {
+    ) -> Result<SlotUpdate, SlotError> {
         let mut writer = self.slots.lock().unwrap();
         self.mmu.set_slot_logging(&mut writer, &mut self.actor, request, pages)
     }

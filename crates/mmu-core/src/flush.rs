@@ -217,7 +217,7 @@ mod tests {
             let apart = ranges.windows(2).all(|pair| pair[0].end < pair[1].start);
             let all = (0..).map(Gfn::new).zip(owed).filter(|(_, owed)| *owed);
             let lost = all.map(|(gfn, _)| gfn).find(|gfn| !ranges.iter().any(|r| r.contains(*gfn)));
-            let shown = format!("round {round}: {ranges:?}");
+            let shown = std::format!("round {round}: {ranges:?}");
             // Settled first: a debt that is dropped by a panic would be another panic.
             assert_eq!(debt.settle().1, 40);
             assert!(apart, "{shown}");

@@ -28,6 +28,7 @@ use mmu_core::vm::{Actor, MarkError, SlotCopy, mark};
 
 use arrayvec::ArrayVec;
 
+use crate::collapse::CollapseReport;
 use crate::leaf::LeafLog;
 use crate::mmu::TdpMmu;
 use crate::rearm::{Rearm, Run};
@@ -272,9 +273,11 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// [`collapse_on_disable`](crate::TdpOptions::collapse_on_disable) says so (KVM row 3.29). What
     /// is writable stays so, what is not is made writable by its next write.
     /// [`set_slot`](Self::set_slot) calls it; a VM with several MMUs calls it on each.
-    pub fn log_disabled(&self, actor: &mut Actor<H>, slot: &Memslot) {
+    pub fn log_disabled(&self, actor: &mut Actor<H>, slot: &Memslot) -> CollapseReport {
         if self.options().collapse_on_disable {
-            let _ = self.collapse(actor, slot.as_id, slot.range());
+            self.collapse(actor, slot.as_id, slot.range())
+        } else {
+            CollapseReport::default()
         }
     }
 
@@ -394,6 +397,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     ) {
         match self.dirty_tracking() {
             DirtyTracking::WriteProtect => {}
+            DirtyTracking::HardwareLog if mmu_core::busted!("harvest_without_hardware_log") => {}
             DirtyTracking::HardwareLog => self.vm().host().sync_hardware_log(),
             DirtyTracking::DirtyBit => pass.collect(actor, range, (&target.slot, &target.log)),
         }

@@ -63,7 +63,7 @@ pub use external::{ExternalCode, ExternalTable, Place, RemoveError};
 pub use iter::{Cursor, Step, TdpIter};
 pub use map::Prefault;
 pub use mmio::MmioInfo;
-pub use mmu::{SlotZap, TdpMmu, TdpOptions, WrongPaging};
+pub use mmu::{SlotUpdate, SlotZap, TdpMmu, TdpOptions, WrongPaging};
 pub use nx::{NxHugePages, NxReport};
 pub use postorder::PostOrder;
 pub use root::{RootError, ZapAll};

@@ -20,6 +20,7 @@ use mmu_core::traits::Host;
 use mmu_core::vm::{Actor, VmCore};
 
 use crate::change::Change;
+use crate::collapse::CollapseReport;
 use crate::dirty::DirtyTracking;
 use crate::external::ExternalTable;
 use crate::nx::Nx;
@@ -93,6 +94,21 @@ pub struct TdpMmu<F: SpteFormat, H: Host> {
     unflushed: Unflushed,
     /// What a mirror mirrors.
     external: Option<Arc<dyn ExternalTable>>,
+}
+
+/// What a change of a memory slot did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct SlotUpdate {
+    /// What the request meant.
+    pub change: SlotChange,
+    /// What a slot that was deleted or moved had mapped, in every tree, with its accessed and dirty
+    /// bits; with [`SlotZap::All`] what everything had. Nothing of other changes, nor of the trees
+    /// that [`around_update`](TdpMmu::around_update) drops.
+    pub zapped: ZapReport,
+    /// Huge pages that came back where logging ended
+    /// ([`collapse_on_disable`](TdpOptions::collapse_on_disable)).
+    pub collapsed: CollapseReport,
 }
 
 impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
@@ -210,8 +226,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 
     /// Create, delete, move or change a memory slot; this MMU's mappings of a slot that goes away
-    /// are gone, flushed, when this returns, in every address space (KVM row 6.6). For a VM with
-    /// one MMU; with several, call [`VmCore::set_slot`] and zap in each.
+    /// are gone, flushed, when this returns, in every address space (KVM row 6.6), and reported.
+    /// For a VM with one MMU; with several, call [`VmCore::set_slot`] and zap in each.
     ///
     /// # Errors
     /// [`SlotError`] names the rule and the values; nothing changed.
@@ -220,7 +236,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         writer: &mut SlotWriter,
         actor: &mut Actor<H>,
         request: &SlotRequest,
-    ) -> Result<SlotChange, SlotError> {
+    ) -> Result<SlotUpdate, SlotError> {
         self.change_slot(writer, actor, request, None)
     }
 
@@ -234,7 +250,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         actor: &mut Actor<H>,
         request: &SlotRequest,
         pages: Range<u64>,
-    ) -> Result<SlotChange, SlotError> {
+    ) -> Result<SlotUpdate, SlotError> {
         self.change_slot(writer, actor, request, Some(pages))
     }
 
@@ -244,44 +260,46 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         actor: &mut Actor<H>,
         request: &SlotRequest,
         logged: Option<Range<u64>>,
-    ) -> Result<SlotChange, SlotError> {
+    ) -> Result<SlotUpdate, SlotError> {
         self.assert_own(actor);
+        let (mut zapped, collapsed) = (ZapReport::default(), CollapseReport::default());
         if writer.live().next_wraps(MMIO_GEN_BITS) {
             // Requests that are bad or mean nothing drop no tree, however many there are.
             let change = plan(writer.live(), writer.limits(), request)?;
             if change == SlotChange::Nothing && logged.is_none() {
-                return Ok(change);
+                return Ok(SlotUpdate { change, zapped, collapsed });
             }
         }
-        let zap = |actor: &mut Actor<H>, old: &Memslot| self.zap_slot(actor, old);
+        let zap = |actor: &mut Actor<H>, old: &Memslot| zapped = self.zap_slot(actor, old);
         let update = |writer: &mut SlotWriter, actor: &mut Actor<H>| match logged {
             None => self.vm.set_slot(writer, actor, request, zap),
             Some(pages) => self.vm.set_slot_logging(writer, actor, request, pages, zap),
         };
         let change = self.around_update(writer, actor, update)?;
-        self.log_changed(actor, &change);
-        Ok(change)
+        let collapsed = self.log_changed(actor, &change);
+        Ok(SlotUpdate { change, zapped, collapsed })
     }
 
     /// Remove the mappings of a slot that goes away, whose faults retry already.
-    fn zap_slot(&self, actor: &mut Actor<H>, old: &Memslot) {
-        let _ = match self.options.slot_zap {
+    fn zap_slot(&self, actor: &mut Actor<H>, old: &Memslot) -> ZapReport {
+        match self.options.slot_zap {
             SlotZap::Range => self.unmap(actor, old.range()),
             SlotZap::All => self.invalidate_roots(actor).finish(actor),
-        };
+        }
     }
 
     /// What a change of a slot's flags asks of the tables.
-    fn log_changed(&self, actor: &mut Actor<H>, change: &SlotChange) {
+    fn log_changed(&self, actor: &mut Actor<H>, change: &SlotChange) -> CollapseReport {
         if let SlotChange::Flags { old, new } = change {
             if new.logs_dirty() && old.logs_dirty() {
                 self.log_resized(actor, new.as_id, new.id);
             } else if new.logs_dirty() {
                 self.log_enabled(actor, new.as_id, new.id);
             } else if old.logs_dirty() {
-                self.log_disabled(actor, new);
+                return self.log_disabled(actor, new);
             }
         }
+        CollapseReport::default()
     }
 
     /// Give everything back: for the end of a VM, when no vCPU exists any more. Waits for what is

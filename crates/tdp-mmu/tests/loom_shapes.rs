@@ -14,15 +14,18 @@ use std::sync::Arc;
 
 use loom::thread;
 use loom_common::{
-    Accessed, BOTH, GFN, Modelled, NEIGHBOUR, Vcpu, World, explore, take_fault, write_fault,
+    Accessed, BOTH, GFN, Modelled, NEIGHBOUR, Vcpu, World, explore, explore_up_to, take_fault,
+    write_fault,
 };
-use mmu_core::access::Access;
+use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::{Gfn, GfnRange, Level, PAGE_SIZE, Pfn};
 use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::frame::FrameList;
-use mmu_core::spte::{Ept, Legacy, Spte};
+use mmu_core::slot::LogOptions;
+use mmu_core::spte::{Capabilities, Ept, Legacy, Spte};
+use mmu_core::stats::Counter;
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
-use tdp_mmu::ZapReport;
+use tdp_mmu::{TdpOptions, ZapReport};
 
 const PAGE: GfnRange = GfnRange::from_len(GFN, 1);
 /// Between the page and the one that a stranger's leaf maps.
@@ -39,6 +42,8 @@ enum Op {
     Huge,
     /// The table is replaced by a call, without a fault. Frames as for `Huge`.
     CollapseRange,
+    /// The table is taken out, so that a huge page may come back, and its frame used.
+    Recover,
     /// The host gives the page another place and says which.
     ChangePage,
     /// Both before the guest asks: where entries are access-tracked, the fast path would take a
@@ -74,9 +79,17 @@ enum State {
     TableClean,
     /// The same, write-protected too; W may be given back.
     TableProtected,
+    /// As `Table`, by a fetch under the NX mitigation: a huge page would be there otherwise.
+    Executed,
+    /// The same, neither accessed nor dirty.
+    ExecutedClean,
 }
 
 impl State {
+    fn is_executed(self) -> bool {
+        matches!(self, Self::Executed | Self::ExecutedClean)
+    }
+
     fn is_huge(self) -> bool {
         matches!(self, Self::Huge | Self::HugeClean | Self::HugeProtected)
     }
@@ -87,7 +100,7 @@ impl State {
     }
 
     fn used(self) -> &'static [Gfn] {
-        if matches!(self, Self::Huge | Self::Table) { self.pages() } else { &[] }
+        if matches!(self, Self::Huge | Self::Table | Self::Executed) { self.pages() } else { &[] }
     }
 }
 
@@ -111,13 +124,20 @@ struct Seen {
 fn prepare<F: Modelled>(world: &World<F>, vcpus: &mut [Vcpu<F>; 2], state: State) {
     world.vm.host().set_huge(true);
     let level = if state.is_huge() { Level::L2 } else { Level::L1 };
+    let fault = match state {
+        state if state.is_executed() => {
+            PageFault::new(GFN.address(), PfErrorCode::FETCH).at_most(Level::L2)
+        }
+        _ => write_fault(GFN, level, false),
+    };
     for (vcpu, outcome) in vcpus.iter_mut().zip([FaultOutcome::Fixed, FaultOutcome::Spurious]) {
-        assert_eq!(take_fault(vcpu, &write_fault(GFN, level, false)), outcome);
+        assert_eq!(take_fault(vcpu, &fault), outcome);
     }
+    assert_eq!(world.vm.stats().get(Counter::NxSplits), u64::from(state.is_executed()));
     let config = world.mmu.config();
     match state {
-        State::Huge | State::Table => {}
-        State::HugeClean | State::TableClean => {
+        State::Huge | State::Table | State::Executed => {}
+        State::HugeClean | State::TableClean | State::ExecutedClean => {
             world.adjust(GFN, |leaf| config.age(config.clear_dirty(leaf)));
         }
         State::HugeProtected | State::TableProtected => {
@@ -186,6 +206,10 @@ fn run<F: Modelled>(world: &World<F>, vcpu: &mut Vcpu<F>, op: Op, stranger: Spte
         }
         Op::CollapseRange => {
             let _ = world.mmu.collapse(vcpu.actor(), 0, BOTH);
+            seen.reused = reuse(world, stranger);
+        }
+        Op::Recover => {
+            seen.zapped = Some(world.mmu.recover_nx(vcpu.actor(), 1).zapped);
             seen.reused = reuse(world, stranger);
         }
         Op::ChangePage => seen.zapped = Some(change_page(world, vcpu)),
@@ -272,7 +296,10 @@ fn judge<F: Modelled>(
 }
 
 fn body<F: Modelled>(state: State, ops: [Op; 2]) {
-    let (world, mut vcpus, slots) = World::<F>::new();
+    let nx_huge_pages = state.is_executed();
+    let capabilities = Capabilities { nx_huge_pages, ..F::capabilities() };
+    let (world, mut vcpus, slots) =
+        World::<F>::made(capabilities, TdpOptions::default(), LogOptions::default());
     prepare(&world, &mut vcpus, state);
     let (leaf, _) = world.leaf(GFN).expect("mapped");
     let stranger = Spte::from_raw(leaf.with(F::ACCESSED).raw() ^ STRANGE);
@@ -371,4 +398,32 @@ shapes! {
     fn change_of_page_against_zap(Legacy, Table, ChangePage, ZapRoot);
     #[test]
     fn change_of_page_against_access(Legacy, TableClean, ChangePage, Access);
+
+    #[test]
+    fn recover_against_fault_below(Legacy, Executed, Recover, SmallBeside);
+    #[test]
+    fn recover_against_huge_fault(Legacy, Executed, Recover, Huge);
+    #[test]
+    fn recover_against_age(Legacy, Executed, Recover, Age);
+    #[test]
+    fn recover_against_access(Legacy, ExecutedClean, Recover, Access);
+    #[test]
+    fn recover_against_recover(Legacy, Executed, Recover, Recover);
+}
+
+/// Two that wait for everybody: unbounded, these did not end within minutes.
+macro_rules! bounded {
+    ($($name:ident: $bound:literal, $state:ident, $first:ident, $second:ident;)*) => {
+        $(#[test]
+        fn $name() {
+            explore_up_to(concat!("tdp::", stringify!($name)), $bound, || {
+                body::<Legacy>(State::$state, [Op::$first, Op::$second]);
+            });
+        })*
+    };
+}
+
+bounded! {
+    recover_against_zap_of_the_page: 4, Executed, Recover, ZapPage;
+    recover_against_zap_root: 4, Executed, Recover, ZapRoot;
 }

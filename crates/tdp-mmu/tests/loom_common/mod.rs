@@ -273,7 +273,16 @@ impl<F: Modelled> World<F> {
         options: TdpOptions,
         log: LogOptions,
     ) -> (Arc<Self>, [Vcpu<F>; 2], SlotWriter) {
-        let config = SpteConfig::<F>::new(F::capabilities()).expect("a baseline");
+        Self::made(F::capabilities(), options, log)
+    }
+
+    /// The same with other capabilities.
+    pub(crate) fn made(
+        capabilities: Capabilities,
+        options: TdpOptions,
+        log: LogOptions,
+    ) -> (Arc<Self>, [Vcpu<F>; 2], SlotWriter) {
+        let config = SpteConfig::<F>::new(capabilities).expect("possible");
         let host = ModelHost {
             arena: Arena::with_capacity(14, Pfn::new(1)).expect("memory"),
             replaced: AtomicU64::new(0),
@@ -323,6 +332,11 @@ impl<F: Modelled> World<F> {
     pub(crate) fn leaf(&self, gfn: Gfn) -> Option<(Spte, Level)> {
         let (_, spte, level) = self.walk(gfn);
         spte.is_leaf(level).then_some((spte, level))
+    }
+
+    /// Is there an MMIO entry for `gfn`, when nothing runs?
+    pub(crate) fn mmio(&self, gfn: Gfn) -> bool {
+        self.mmu.config().is_mmio(self.walk(gfn).1)
     }
 
     /// Change the leaf for `gfn` when nothing runs, as a harvest or an aging pass would have.
@@ -452,6 +466,7 @@ impl<F: Modelled> World<F> {
         let gauges = [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G];
         assert_eq!(tree.leaves, gauges.map(|gauge| stats.get(gauge)), "leaves (I24)");
         assert_eq!(tree.tables, stats.get(Counter::Tables), "tables (I24)");
+        assert_eq!(tree.mmio, stats.get(Counter::MmioSptes), "MMIO entries (I24)");
         assert_eq!(stats.get(Counter::FlushOwed), stats.get(Counter::FlushPaid), "debts");
         assert_eq!(self.vm.notify().in_progress(), 0);
         for gfn in (0..SLOT_PAGES).map(Gfn::new) {
