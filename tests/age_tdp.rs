@@ -257,7 +257,8 @@ fn look_arounds_work_on_every_format() {
     for_each_format!(look_arounds_reach_over_tables);
 }
 
-/// Row 5.24: passes and look-arounds take accessed bits only; what was written is told when it goes.
+/// Row 5.24: passes and look-arounds take accessed bits only; what was written is told when it
+/// goes.
 fn written_pages_stay_dirty<F: Modelled>(caps: Capabilities) {
     let mut guest = Guest::<F>::with_memory(caps, PAGES, Level::L1);
     let table = table();

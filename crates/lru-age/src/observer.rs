@@ -1,8 +1,8 @@
 //! [`Observer`]: takes the answers of an MMU into a table, as they come.
 //!
 //! What a pass, a look-around and a thread's harvest have in common: masks of tables and huge
-//! leaves in ascending order, gaps between them, and a second tree that maps the same pages. Nothing is
-//! buffered. The caller holds the editor.
+//! leaves in ascending order, gaps between them, and a second tree that maps the same pages.
+//! Nothing is buffered. The caller holds the editor.
 
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::traits::{AgeReport, AgeSink, MASK_WORDS};

@@ -29,7 +29,8 @@ use crate::word::BLOCK_PAGES;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SlowMmu {
     /// Nothing: it is asked when a candidate is checked before it goes, and its pages count as
-    /// unknown.
+    /// unknown. The table then knows only the pages that it is told of
+    /// ([`AgeEditor::insert`]).
     #[default]
     Leave,
     /// It is asked like any other.
@@ -385,8 +386,9 @@ impl<'t> AgePass<'t> {
     }
 
     /// Flush what the pass cleared, complete on return: TLBs hide no later access, and upper
-    /// entries that were cleared are believed in the next pass. For passes in [`AgeMode::Clear`], once,
-    /// when everything was looked at; what was used between its clearing and now may be missed.
+    /// entries that were cleared are believed in the next pass. For passes in [`AgeMode::Clear`],
+    /// once, when everything was looked at; what was used between its clearing and now may be
+    /// missed.
     pub fn flush<M: AgeRange>(&self, mmu: &M, reader: &mut M::Reader) {
         for range in self.editor.table().ranges() {
             mmu.flush_aged(reader, range);

@@ -5,8 +5,8 @@
 //! in the window, or before more pages were evicted than are in use, should have stayed.
 //!
 //! Memory is fixed: one word per entry, eight entries in a bucket, the oldest of a full bucket
-//! goes. Entries are written by who evicts and taken by who faults, from any thread, without a lock; each
-//! is taken once.
+//! goes. Entries are written by who evicts and taken by who faults, from any thread, without a
+//! lock; each is taken once.
 
 use alloc::boxed::Box;
 

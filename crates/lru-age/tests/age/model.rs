@@ -9,7 +9,7 @@ use lru_age::{
     AgePass, AgeTable, Arrival, GenWindow, Histogram, MIN_NR_GENS, PassCounts, PassOptions,
     Promotion, Scan, Seq, candidates, cold_blocks,
 };
-use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
+use mmu_core::addr::{Gfn, Level, to_index, to_u64};
 use mmu_core::traits::{AgeMode, UpperBits};
 
 const BLOCKS: u64 = 9;
