@@ -80,8 +80,9 @@ impl<'t> AgeEditor<'t> {
         counts.unmapped_now
     }
 
-    /// The tracked pages of `range` were used: seen outside a pass, as by a look-around. A 2 MiB
-    /// block under a huge leaf is used as a whole. Returns `young`, `promoted` and `second_chance`.
+    /// The tracked pages of `range` were used: seen outside a pass, as by a look-around. What a huge
+    /// leaf maps is used as a whole, also outside of `range`: it has one accessed bit. Returns
+    /// `young`, `promoted`, `again` and `second_chance`.
     pub fn touch(&mut self, range: GfnRange, promotion: Promotion) -> PassCounts {
         let mut counts = PassCounts::default();
         let rules = self.rules(promotion);
@@ -94,8 +95,9 @@ impl<'t> AgeEditor<'t> {
                 let Some((cell, pages)) = region.block(block) else { break };
                 let old = summary::load_own(cell);
                 if old.is_huge() {
-                    counts.young += BLOCK_PAGES;
-                    self.huge(region, block, old.level(), true, rules, &mut counts);
+                    let leaf = GfnRange::entry(region.base_of(block), old.level());
+                    at = at.max(leaf.end);
+                    self.touch_leaf(region, leaf, old.level(), rules, &mut counts);
                     continue;
                 }
                 let mut present = region.mask(block, part);
@@ -108,6 +110,38 @@ impl<'t> AgeEditor<'t> {
         }
         self.table.hear(counts.young);
         counts
+    }
+
+    /// The blocks of `leaf` that are tracked under a leaf of that level were used.
+    fn touch_leaf(
+        &self,
+        region: &Region,
+        leaf: GfnRange,
+        level: Level,
+        rules: Rules,
+        counts: &mut PassCounts,
+    ) {
+        let part = region.range().intersection(leaf);
+        let mut at = part.start;
+        while at < part.end {
+            let block = region.block_of(at);
+            at = region.base_of(block).saturating_add(BLOCK_PAGES);
+            let Some((cell, _)) = region.block(block) else { return };
+            if summary::load_own(cell).level() == level {
+                counts.young += BLOCK_PAGES;
+                self.huge(region, block, level, true, rules, counts);
+            }
+        }
+    }
+
+    /// A 2 MiB part of a leaf of 1 GiB was found used and taken in: so were the other parts, which
+    /// share its accessed bit.
+    pub(crate) fn share(&self, range: GfnRange, rules: Rules, counts: &mut PassCounts) {
+        let leaf = GfnRange::entry(range.start, Level::L3);
+        let Some(region) = self.table.region_at(range.start) else { return };
+        for rest in [GfnRange::new(leaf.start, range.start), GfnRange::new(range.end, leaf.end)] {
+            self.touch_leaf(region, rest, Level::L3, rules, counts);
+        }
     }
 
     /// Pages of `range` were mapped by leaves at `level`: track them in the youngest generation now

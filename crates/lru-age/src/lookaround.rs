@@ -108,8 +108,11 @@ impl AgeEditor<'_> {
         let mut found = Found::default();
         let victim = self.take_in(candidate.range, mmu, reader, options, &mut found);
         let nothing = GfnRange::new(candidate.range.start, candidate.range.start);
-        self.table().hear(found.counts.young);
         let verdict = Recheck::of(victim.answer());
+        if verdict == Recheck::Young && candidate.level == Level::L3 {
+            self.share(candidate.range, self.rules(options.promotion), &mut found.counts);
+        }
+        self.table().hear(found.counts.young);
         let slow = Participation::of(mmu) == Participation::EvictionOnly;
         if verdict != Recheck::Young || candidate.range.len() != 1 || slow {
             return LookAround { verdict, window: nothing, counts: found.counts };

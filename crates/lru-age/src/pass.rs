@@ -29,7 +29,8 @@ use crate::word::BLOCK_PAGES;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SlowMmu {
     /// Nothing: it is asked when a candidate is checked before it goes, and its pages count as
-    /// unknown.
+    /// unknown. The table then knows only the pages that it is told of
+    /// ([`AgeEditor::insert`]).
     #[default]
     Leave,
     /// It is asked like any other.

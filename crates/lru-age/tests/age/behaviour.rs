@@ -1,8 +1,8 @@
 //! The rules, one by one.
 
 use lru_age::{
-    AgeError, AgePass, AgeTable, GenWindow, Histogram, MAX_NR_GENS, MIN_NR_GENS, PassOptions,
-    Promotion, Recheck, Seq, candidates, cold_blocks,
+    AgeError, AgePass, AgeTable, GenWindow, Histogram, IdleBitmap, LookOptions, MAX_NR_GENS,
+    MIN_NR_GENS, PassOptions, Promotion, Recheck, Seq, candidates, cold_blocks,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::traits::{AgeMode, UpperBits};
@@ -422,4 +422,37 @@ fn a_pass_may_be_forced_and_says_so() {
     // Nothing to look at is everything looked at.
     let nothing = AgeTable::new(0);
     assert!(AgePass::start(&nothing, AgeMode::Clear).unwrap().finish(1).complete);
+}
+
+/// One accessed bit for 1 GiB: whoever clears it by a question about a part tells all parts.
+#[test]
+fn parts_of_a_leaf_of_1_gib_are_as_young_as_each_other() {
+    let mmu = FakeMmu::new(513);
+    let table = table_over(&mmu);
+    mmu.map_huge(0, Level::L3);
+    mmu.map(512 * BLOCK..513 * BLOCK);
+    mmu.touch(3);
+    passes(4, &table, &mmu);
+    let max = table.window().max_seq();
+    let young = || table.pages_in(max);
+    let victim = candidates(&table).nth(7).unwrap();
+    assert_eq!((victim.level, victim.range.len()), (Level::L3, BLOCK));
+    mmu.touch(100 * BLOCK);
+    let look = {
+        let mut editor = table.edit().unwrap();
+        editor.look_around(&victim, &mmu, &mut (), LookOptions::DEFAULT)
+    };
+    assert_eq!((look.verdict, look.counts.promoted), (Recheck::Young, 512 * BLOCK));
+    assert_eq!(young(), 512 * BLOCK);
+    table.check().unwrap();
+    // The same by a consumer that asks about one page.
+    passes(3, &table, &mmu);
+    let max = table.window().max_seq();
+    mmu.touch(100 * BLOCK);
+    let mut idle = IdleBitmap::new(table.ranges()).unwrap();
+    let mut editor = table.edit().unwrap();
+    idle.mark(Gfn::new(64), &[1], &mmu, &mut (), &mut editor).unwrap();
+    drop(editor);
+    assert_eq!(table.pages_in(max), 512 * BLOCK);
+    table.check().unwrap();
 }

@@ -20,5 +20,6 @@ mod fleets;
 mod model;
 mod parallel;
 mod refaults;
+mod slices;
 mod threads;
 mod working_sets;
