@@ -122,6 +122,13 @@ pub struct Options {
     pub to: Option<String>,
     /// Seconds that a peer may take for a frame.
     pub timeout: u64,
+    /// Bytes for each vCPU (`access-tracking`); `None`: the scenario's default.
+    pub per_vcpu: Option<u64>,
+    /// Age by generations where KVM's test can.
+    pub generations: bool,
+    /// What becomes of accesses that were not seen: 0 a failed check, more a warning, less either,
+    /// as the machine has it.
+    pub warn_only: i64,
     /// Share of the pages that are hot, in percent.
     pub hot: u64,
     /// Milliseconds between two aging passes.
@@ -164,6 +171,9 @@ impl Options {
             listen: None,
             to: None,
             timeout: 10,
+            per_vcpu: None,
+            generations: false,
+            warn_only: -1,
             hot: 25,
             interval: 250,
             slow: None,
@@ -191,16 +201,20 @@ scenarios
     nested             the test hypervisor as a guest, where /dev/kvm lends SVM or VMX
 
 options
-    --vcpus N          number of vCPUs (2)
+    -v, --vcpus N      number of vCPUs (2)
     --memory SIZE      what the workload touches, such as 64M or 1G
+    -b SIZE            access-tracking: the same for each vCPU
     --cpu kvm|soft     the CPU behind /dev/kvm, or the software CPU (kvm when it opens)
-    --format legacy|npt|ept   format of the tables; npt and ept need --cpu soft (legacy)
-    -p                 access-tracking: age while the vCPUs fault
+    -m, --format legacy|npt|ept   format of the tables; npt and ept need --cpu soft (legacy)
+    -p                 access-tracking: age while 1, 2, 4 and 8 vCPUs fault, by several ways
+    -l                 access-tracking: age by generations
+    -w N               access-tracking: accesses that are not seen fail (0), warn (1), or what
+                       suits the machine (-1)
     --seconds N        stress: how long (5)
     --mode bitmap|clear|ring|both   dirty-log, migrate: how dirty pages are asked for (bitmap)
     --tracking wp|dirty-bit|hardware-log   and how writes are noticed (wp); a hardware log
                        needs --cpu soft
-    --pages 4k|2m      dirty-log: largest page where logging does not forbid it (4k)
+    -s, --pages 4k|2m  dirty-log, access-tracking: largest page where logging does not forbid it (4k)
     --iterations N     dirty-log: harvests of each kind (8); migrate: rounds at most
     --write-percent N  share of the pages that the vCPUs write; they read the others (100)
     --delay N          turns of an empty loop after each access: a slower writer (dirty-log 0,
@@ -212,8 +226,8 @@ options
     --hot N            tiering: share of the pages that is hot, in percent (25)
     --interval N       tiering: milliseconds between two aging passes (250)
     --slow FOLDER      tiering: where the file with the cold pages is (the temporary folder)
-    -o                 vCPUs visit each other's pages too (dirty-log, migrate)
-    --random           vCPUs visit their pages in a pseudo-random order; tiering: hot pages lie
+    -o                 vCPUs visit each other's pages too (dirty-log, migrate, access-tracking)
+    -r, --random       vCPUs visit their pages in a pseudo-random order; tiering: hot pages lie
                        scattered
     --listen ADDR      migrate: take a VM here, such as 127.0.0.1:7000
     --to ADDR          migrate: send a VM there; without both, both ends in one command
@@ -243,7 +257,16 @@ pub fn parse() -> Result<Options, String> {
             value.into_string().map_err(|raw| format!("{raw:?} is not text"))
         };
         match argument {
-            Long("vcpus") => options.vcpus = number(&text(&mut parser)?, 1, 64)? as u32,
+            Short('b') => options.per_vcpu = Some(size(&text(&mut parser)?)?),
+            Short('l') => options.generations = true,
+            Short('w') => {
+                let value = text(&mut parser)?;
+                let number = value.parse().map_err(|_| format!("-w {value}: not a number"))?;
+                options.warn_only = number;
+            }
+            Long("vcpus") | Short('v') => {
+                options.vcpus = number(&text(&mut parser)?, 1, 64)? as u32
+            }
             Long("memory") => options.memory = Some(size(&text(&mut parser)?)?),
             Long("seed") => options.seed = number(&text(&mut parser)?, 0, u64::MAX)?,
             Long("seconds") => options.seconds = number(&text(&mut parser)?, 1, 86_400)?,
@@ -251,7 +274,7 @@ pub fn parse() -> Result<Options, String> {
             Long("plot") => options.plot = Some(text(&mut parser)?.into()),
             Short('p') => options.parallel = true,
             Short('e') => options.run_while_disabling = true,
-            Long("random") => options.random = true,
+            Long("random") | Short('r') => options.random = true,
             Long("disturb") => options.disturb = true,
             Short('o') => options.overlap = true,
             Long("iterations") => options.iterations = number(&text(&mut parser)?, 1, 1000)?,
@@ -283,7 +306,7 @@ pub fn parse() -> Result<Options, String> {
                 ];
                 options.tracking = one_of("--tracking", &text(&mut parser)?, &ways)?;
             }
-            Long("pages") => {
+            Long("pages") | Short('s') => {
                 let sizes = [("4k", false), ("2m", true)];
                 options.huge = one_of("--pages", &text(&mut parser)?, &sizes)?;
             }
@@ -291,7 +314,7 @@ pub fn parse() -> Result<Options, String> {
                 let cpus = [("kvm", CpuChoice::Kvm), ("soft", CpuChoice::Soft)];
                 options.cpu = one_of("--cpu", &text(&mut parser)?, &cpus)?;
             }
-            Long("format") => {
+            Long("format") | Short('m') => {
                 let formats = [
                     ("legacy", FormatChoice::Legacy),
                     ("npt", FormatChoice::Npt),

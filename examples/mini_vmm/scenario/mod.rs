@@ -70,10 +70,23 @@ pub struct Builder<'a, F: SpteFormat> {
 impl<F: SpteFormat> Builder<'_, F> {
     /// A VM of this shape on the chosen machine.
     pub fn vmm(&self, shape: Shape) -> Result<Arc<Vmm<F>>, Error> {
+        let vmm = self.quiet_vmm(shape)?;
+        println!("\n{}", vmm.machine.description());
+        Ok(vmm)
+    }
+
+    /// The same, for the second and later of several.
+    pub fn quiet_vmm(&self, shape: Shape) -> Result<Arc<Vmm<F>>, Error> {
         let layout = shape.layout();
         let machine = self.machine(&layout, shape.vcpus)?;
-        println!("\n{}", machine.description());
         Vmm::new(machine, self.config.clone(), shape)
+    }
+
+    /// Pages for each vCPU; `kvm` and `soft` are the defaults in bytes.
+    pub fn pages_each(&self, kvm: u64, soft: u64) -> u64 {
+        let default = if self.options.cpu == CpuChoice::Kvm { kvm } else { soft };
+        let memory = self.options.memory.map(|bytes| bytes / u64::from(self.options.vcpus));
+        (self.options.per_vcpu.or(memory).unwrap_or(default) / PAGE).max(2)
     }
 
     fn machine(&self, layout: &Layout, vcpus: u32) -> Result<Arc<dyn Machine>, Error> {

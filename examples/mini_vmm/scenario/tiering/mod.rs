@@ -60,7 +60,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How often the cost of using a page again is measured.
 const WALKS: u32 = 3;
 /// Pages are taken away so many times in a trial.
-const TRIAL_TURNS: u64 = 24;
+const TRIAL_TURNS: u64 = 12;
 /// Pages that a vCPU visits in one command: a millisecond or a few.
 const VISITS: u64 = 1 << 16;
 /// The same where somebody waits for the ends of commands.
@@ -80,11 +80,10 @@ struct Stage<F: SpteFormat> {
 
 impl<F: SpteFormat> Stage<F> {
     /// A VM all of whose pages are written.
-    fn new(builder: &Builder<'_, F>, shape: Shape, heat: Heat) -> Result<Self, Error> {
-        let vmm = builder.vmm(shape)?;
+    fn new(vmm: Arc<Vmm<F>>, heat: Heat, tag: u64) -> Result<Self, Error> {
         let ids = 0..vmm.shape.vcpus;
         let mut vcpus = ids.map(|id| vmm.vcpu(id)).collect::<Result<Vec<_>, _>>()?;
-        let guest = Guest::new(heat, vmm.shape.vcpus, builder.options.seed);
+        let guest = Guest::new(heat, vmm.shape.vcpus, tag);
         let progress = Arc::new(Progress::new(vmm.shape.vcpus));
         let _ = vmm.on_all(&mut vcpus, |vcpu| guest.populate(vcpu))?;
         Ok(Self { vmm, vcpus, guest, progress, wrong: 0 })
@@ -194,11 +193,11 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     // A VM that nobody ages, to compare with.
     let mut still = match trial.is_disturbed() {
         true => None,
-        false => Some(Stage::new(builder, shape.clone(), heat)?),
+        false => Some(Stage::new(builder.quiet_vmm(shape.clone())?, heat, options.seed)?),
     };
     let full_speed = still.as_mut().map_or(Ok(0.0), |still| still.speed(every * RUN_PASSES))?;
 
-    let mut stage = Stage::new(builder, shape, heat)?;
+    let mut stage = Stage::new(builder.vmm(shape)?, heat, options.seed)?;
     let walk = stage.walk()?;
     let (vmm, progress) = (Arc::clone(&stage.vmm), Arc::clone(&stage.progress));
     let folder = options.slow.clone().unwrap_or_else(std::env::temp_dir);

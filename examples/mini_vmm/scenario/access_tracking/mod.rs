@@ -4,7 +4,17 @@
 //! Holds: after a precise pass (flush included) every touched page is young and, exactly on the
 //! software CPU and but for speculation on a real one, no other; without flush young pages may be
 //! missed, on the software CPU never invented; aging finishes while another thread holds the MMU
-//! lock exclusively; pages used in every phase end up in the youngest generation.
+//! lock exclusively; pages used in every phase end up in the youngest generation; and what KVM's
+//! test asks for: nine of ten accesses are seen.
+//!
+//! | file | owns |
+//! |---|---|
+//! | this one | exact sets of young pages |
+//! | `selftest` | phases, options and thresholds of KVM's test |
+//! | `parallel` | `-p`: passes while vCPUs fault, as a table |
+
+mod parallel;
+mod selftest;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,7 +38,7 @@ const SPECULATION_PER_MILLE: u64 = 20;
 
 /// Run it.
 pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
-    if builder.options.parallel { parallel(builder) } else { phases(builder) }
+    if builder.options.parallel { parallel::run(builder) } else { phases(builder) }
 }
 
 /// The young pages of one pass, as offsets into the data.
@@ -173,6 +183,7 @@ fn phases<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     report.count("faults", vmm.exits.faults.load(Ordering::Relaxed));
     drop((vcpus, actor));
     vmm.teardown(&mut report)?;
+    selftest::run(builder, &mut report)?;
     Ok(report)
 }
 
@@ -334,54 +345,4 @@ fn generations<F: SpteFormat>(
         vec![Series { name: "pages".into(), points: points(()) }],
     ));
     Ok(())
-}
-
-/// `-p`: vCPUs fault fresh memory in, alone and while another thread ages it in a loop.
-fn parallel<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
-    let pages = builder.pages(32 << 20, 512 << 20);
-    let mut total = None;
-    let mut walls = Vec::new();
-    for aging in [false, true] {
-        let vmm = builder.vmm(Shape::new(builder.options.vcpus, pages))?;
-        let mut report = builder.report("access-tracking", &vmm);
-        let mut vcpus =
-            (0..vmm.shape.vcpus).map(|id| vmm.vcpu(id)).collect::<Result<Vec<_>, _>>()?;
-        let mut ager = vmm.actor()?;
-        let done = AtomicBool::new(false);
-        let (wall, passes) = std::thread::scope(|scope| {
-            let passes = aging.then(|| {
-                scope.spawn(|| {
-                    let mut times = Vec::new();
-                    while !done.load(Ordering::Relaxed) {
-                        times.push(pass(&vmm, &mut ager, AgeMode::Clear).1.as_nanos() as u64);
-                    }
-                    times
-                })
-            });
-            let wall = touch(&vmm, &mut vcpus, Op::Write, 0, 1, builder.options.seed);
-            done.store(true, Ordering::Relaxed);
-            (wall, passes.map(|passes| passes.join()))
-        });
-        let (count, wall) = wall?;
-        let check = touch(&vmm, &mut vcpus, Op::Verify, 0, 1, builder.options.seed);
-        walls.push(wall.as_secs_f64());
-        report.seconds = wall.as_secs_f64();
-        report.count("pages_touched", count);
-        report.count("faults", vmm.exits.faults.load(Ordering::Relaxed));
-        report.check("contents-verified-by-the-guest", check.is_ok(), format!("{count} pages"));
-        if let Some(passes) = passes {
-            let times = passes.map_err(|_| "the aging thread panicked")?;
-            report.count("aging_passes", times.len() as u64);
-            let detail = format!("{} passes while vCPUs faulted", times.len());
-            report.check("aging-made-passes", !times.is_empty(), detail);
-            report.percentiles("pass", times);
-            report.metric("vcpu_wall_alone_s", walls[0]);
-            report.metric("vcpu_wall_while_aging_s", walls[1]);
-            report.metric("vcpu_slowdown_percent", (walls[1] / walls[0] - 1.0) * 100.0);
-        }
-        drop((vcpus, ager));
-        vmm.teardown(&mut report)?;
-        total = Some(report);
-    }
-    total.ok_or_else(|| "no run".into())
 }
