@@ -191,7 +191,6 @@ impl Drop for FlushDebt {
 
 #[cfg(test)]
 mod tests {
-    use std::format;
 
     use super::*;
     use crate::addr::Gfn;

@@ -92,8 +92,8 @@ impl Machine {
     }
 }
 
-/// The suites that the group `nested` runs: those in which a missing flush shows, and one that shows
-/// that the chain works.
+/// The suites that the group `nested` runs: those in which a missing flush shows, and one that
+/// shows that the chain works.
 const NESTED_SUITES: &str = "faults,flush,aging,zap";
 /// All but `platform`: a triple fault of a guest ends Bochs 2.7 itself, which does not know SVM's
 /// intercept of shutdown.
