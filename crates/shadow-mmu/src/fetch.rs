@@ -20,7 +20,9 @@ use mmu_core::stats::Counter;
 use mmu_core::traits::{Host, HostPage, ResolveError};
 
 use crate::error::ShadowError;
-use crate::guest::{GuestEntry, GuestMem, GuestWalk, GuestWalker, Operation, Request, WalkPath};
+use crate::guest::{
+    GuestEntry, GuestMem, GuestWalk, GuestWalker, Operation, Privilege, Request, WalkPath,
+};
 use crate::page::{NewPage, Shadowed};
 use crate::rmap::{MAX_ALIASES, RmapKey};
 use crate::role::{ChildShape, PageRole};
@@ -43,6 +45,8 @@ pub(crate) struct Target<'a> {
     pub(crate) path: &'a WalkPath,
     /// What the entry may permit.
     pub(crate) access: Access,
+    /// What the access needs.
+    pub(crate) needed: Access,
     pub(crate) write: bool,
     pub(crate) prefetch: bool,
     pub(crate) page: HostPage,
@@ -93,7 +97,8 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         };
         self.actor.top_up(usize::try_from(PAGES_PER_FAULT).unwrap_or(4))?;
         lock.with(|writer| {
-            writer.make_room(&mut self.actor, PAGES_PER_FAULT);
+            let wanted = writer.work(&mut self.actor, |work| work.missing_pages(&target));
+            writer.make_room(&mut self.actor, wanted);
             writer.reserve_for(&target, self.role)?;
             let outcome = self.install(writer, guest, mem, &target);
             if target.logged && target.write && outcome == FaultOutcome::Fixed {
@@ -161,6 +166,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             gva: walk.gva,
             path,
             access: guest.shadow_access(walk, request),
+            needed: needed(request),
             write,
             prefetch: false,
             page,
@@ -251,14 +257,21 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         {
             return Attempt::Done(FaultOutcome::Retry);
         }
+        // INVARIANT[I19]: all that the walk read is still there. What the guest overwrites from
+        // here on is reported to the writer, which we have, or was overwritten through an entry
+        // that this attempt will find and flush, and then the next one looks again (KVM row 4.18,
+        // bug M1).
+        if !target.path.entries.iter().all(|entry| entry.is_current(mem)) {
+            return Attempt::Done(FaultOutcome::Retry);
+        }
         let mut at = target.root;
         loop {
             let Some(page) = self.writer.pages.get_mut(at) else {
                 self.broken();
                 return Attempt::Done(FaultOutcome::Retry);
             };
-            // Used: no flood of writes to it, and not cold (KVM rows 4.53, 4.49).
-            (page.writes, page.used) = (0, true);
+            // Used: no flood of writes to it (KVM row 4.53).
+            page.writes = 0;
             let place = SpteRef::new(at, shadow_index(target.gva, page.level()));
             if page.level() == level {
                 return self.install_leaf(place, target, level);
@@ -268,6 +281,23 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
                 Err(attempt) => return attempt,
             }
         }
+    }
+
+    /// Shadow pages that the fault may have to make: those from the first missing link on.
+    fn missing_pages(&self, target: &Target<'_>) -> u32 {
+        let mut at = target.root;
+        for _ in Level::ALL {
+            let Some(page) = self.writer.pages.get(at) else { break };
+            let level = page.level();
+            if level <= target.goal {
+                return 0;
+            }
+            match self.child_at(SpteRef::new(at, shadow_index(target.gva, level))) {
+                Some(child) => at = child,
+                None => return u32::from(level.number() - Level::L1.number()),
+            }
+        }
+        PAGES_PER_FAULT
     }
 
     /// Is the page one that a vCPU may start from?
@@ -322,13 +352,6 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         self.in_sync(guest, mem, child)?;
         if !self.debt.is_empty() {
             return Err(Attempt::Again);
-        }
-        // INVARIANT[I19]: the guest's entry that leads here is still what the walk read, now that
-        // every write to its table would have been seen (KVM row 4.18).
-        if let Some(entry) = entry_at(path, level)
-            && !entry.is_current(mem)
-        {
-            return Err(Attempt::Done(FaultOutcome::Retry));
         }
         self.note_shadowed(place, path, level);
         self.link(place, child);
@@ -400,6 +423,19 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         let Some(page) = self.writer.pages.get_mut(place.page()) else { return };
         let access = entry_below(path, level).map_or(path.access, |entry| entry.above);
         page.set_shadowed(place.index(), Shadowed::new(path.gfn.align_down(level), access));
+    }
+}
+
+/// What an access needs of an entry.
+fn needed(request: Request) -> Access {
+    let operation = match request.operation {
+        Operation::Read => Access::READ,
+        Operation::Write => Access::WRITE,
+        Operation::Fetch => Access::EXEC,
+    };
+    match request.privilege {
+        Privilege::User => operation | Access::USER,
+        Privilege::Supervisor | Privilege::SupervisorAc | Privilege::Implicit => operation,
     }
 }
 
@@ -478,9 +514,9 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             self.broken();
             return Attempt::Done(FaultOutcome::Retry);
         };
-        let needed = if target.write { Access::WRITE } else { Access::READ };
         let now = cell.load();
-        if now == leaf || (self.config().permits(now, needed) && self.config().is_accessed(now)) {
+        let permitted = self.config().permits(now, target.needed);
+        if now == leaf || (permitted && self.config().is_accessed(now)) {
             return Attempt::Done(FaultOutcome::Spurious);
         }
         let config = self.config();

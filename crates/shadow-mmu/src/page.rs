@@ -64,6 +64,8 @@ pub(crate) struct ShadowPage {
     pub(crate) writes: u8,
     /// Used since reclaim last looked.
     pub(crate) used: bool,
+    /// How often reclaim found it in use, lately; `None` before it looked for the first time.
+    pub(crate) credit: Option<u8>,
     /// Generation of the MMU that it was made in; an older one is obsolete.
     pub(crate) generation: u64,
     /// In the bucket.
@@ -199,6 +201,7 @@ impl Pages {
             roots: 0,
             writes: 0,
             used: false,
+            credit: None,
             generation,
             next_in_bucket: self.buckets.get(bucket).copied().flatten(),
             older: None,

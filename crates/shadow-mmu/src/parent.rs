@@ -44,7 +44,12 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         if !self.add_parent(child, place) {
             return self.broken();
         }
-        self.put(cell, self.config().table(frame, level), level);
+        let mut table = self.config().table(frame, level);
+        if self.config().ad_enabled() {
+            // The CPU sets A when it comes this way: that is what reclaim asks (KVM row 4.49).
+            table = table.without(F::ACCESSED);
+        }
+        self.put(cell, table, level);
         if self.writer.pages.get(child).is_some_and(ShadowPage::needs_sync) {
             self.raise(place);
         }

@@ -7,8 +7,8 @@
 //!
 //! The accessed-bit policy gives a second chance (row 4.49): the CPU sets A in the link to a table
 //! that it walks through, so a page none of whose links has A set, and that no fault used since
-//! reclaim last came by, is cold. At most a quarter of the pages is looked at, pages at level 1,
-//! which are the most and the cheapest to make again, go first, roots never.
+//! reclaim last came by, is cold. A round looks at a quarter of the pages at most; pages at level
+//! 1, which are the most and the cheapest to make again, go first, roots never.
 
 use mmu_core::addr::Level;
 use mmu_core::spte::{Spte, SpteFormat};
@@ -19,8 +19,14 @@ use crate::page::ShadowPage;
 use crate::spte_ref::{PageId, SpteRef};
 use crate::writer::{ShadowWriter, Work};
 
-/// Pages that a fault which meets the quota makes room for, so that the next ones need not.
+/// Pages that a fault which meets the quota makes room for, so that the next ones need not: at most
+/// so many, and at most an eighth of the quota.
 const REFILL: u32 = 25;
+
+/// Looks that a page outlives unused, if it was in use at as many before.
+const MAX_CREDIT: u8 = 3;
+/// Rounds of a quarter of the pages each without a cold one, after which age alone decides.
+const DRY_ROUNDS: u32 = 4;
 
 /// Which pages go first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -54,26 +60,27 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
     pub(crate) fn make_room(&mut self, actor: &mut Actor<H>, wanted: u32) {
         let free = self.quota.saturating_sub(self.pages.live());
         if free < wanted {
-            // Not more than half of a small quota.
-            let goal = REFILL.min(self.quota / 2).max(wanted);
+            let goal = REFILL.min(self.quota / 8).max(wanted);
             let gone = self.reclaim(actor, goal - free.min(goal));
             self.stats.pages_recycled += u64::from(gone);
         }
     }
 
     fn reclaim(&mut self, actor: &mut Actor<H>, wanted: u32) -> u32 {
-        let policy = self.policy;
-        let mut gone = 0;
+        let (mut gone, mut dry) = (0, 0);
         while gone < wanted {
             let want = wanted - gone;
-            let round = self.work(actor, |work| match policy {
-                ReclaimPolicy::Fifo => work.zap_oldest(want),
-                ReclaimPolicy::Accessed => work.zap_coldest(want),
+            let by_use = self.policy == ReclaimPolicy::Accessed && dry < DRY_ROUNDS;
+            let round = self.work(actor, |work| {
+                if by_use { work.zap_coldest(want) } else { work.zap_oldest(want) }
             });
-            if round == 0 {
-                break;
-            }
             gone += round;
+            if round == 0 {
+                if !by_use {
+                    break;
+                }
+                dry += 1;
+            }
         }
         gone
     }
@@ -115,7 +122,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
                     continue;
                 }
                 looks -= 1;
-                if self.was_used(id) {
+                if self.may_stay(id) {
                     self.writer.pages.renew(id);
                     self.writer.stats.second_chances += 1;
                     continue;
@@ -124,16 +131,27 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
                 at = at.filter(|next| self.writer.pages.get(*next).is_some());
             }
         }
-        match before.saturating_sub(self.writer.pages.live()) {
-            // Everything that was looked at is in use: age alone decides.
-            0 => self.zap_oldest(wanted),
-            gone => gone,
-        }
+        before.saturating_sub(self.writer.pages.live())
     }
 
     fn may_go(&self, id: PageId, lowest: bool) -> bool {
         let fits = |page: &ShadowPage| page.roots == 0 && (!lowest || page.level() == Level::L1);
         self.writer.pages.get(id).is_some_and(fits)
+    }
+
+    /// Does the page get another chance? One that is in use at look after look stays for some in
+    /// which it is not; the first use of a new page, which is why it was made, earns it nothing but
+    /// another look.
+    fn may_stay(&mut self, id: PageId) -> bool {
+        let used = self.was_used(id);
+        let Some(page) = self.writer.pages.get_mut(id) else { return false };
+        let (credit, stays) = match page.credit {
+            None => (0, used),
+            Some(credit) if used => ((credit + 1).min(MAX_CREDIT), true),
+            Some(credit) => (credit.saturating_sub(1), credit > 0),
+        };
+        page.credit = Some(credit);
+        stays
     }
 
     /// Was the page used since the last look? Forgets it.
