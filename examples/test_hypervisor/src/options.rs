@@ -16,19 +16,26 @@ pub struct Options {
     pub cpus: usize,
     /// Only these suites; all if there are none.
     pub suites: ArrayVec<ArrayString<24>, MAX_SUITES>,
+    /// Not these suites, which the machine does not survive.
+    pub without: ArrayVec<ArrayString<24>, MAX_SUITES>,
     /// Seed of everything random; not 0.
     pub seed: u64,
 }
 
 impl Options {
-    /// Read `line`: `format=npt|ept|auto cpus=N suite=NAME[,NAME...] seed=N`, each at most once,
-    /// each optional.
+    /// Read `line`: `format=npt|ept|auto cpus=N seed=N suite=NAME[,NAME...]
+    /// without=NAME[,NAME...]`, each at most once, each optional.
     ///
     /// # Panics
     /// When there is something else in it: a misspelt word must not pass for a run of everything.
     pub fn parse(line: &str) -> Self {
-        let (format, suites) = (None, ArrayVec::new());
-        let mut options = Self { format, cpus: MAX_CPUS, suites, seed: 0x5eed };
+        let (format, suites, without) = (None, ArrayVec::new(), ArrayVec::new());
+        let mut options = Self { format, cpus: MAX_CPUS, suites, without, seed: 0x5eed };
+        let names = |value: &str, list: &mut ArrayVec<ArrayString<24>, MAX_SUITES>| {
+            value
+                .split(',')
+                .all(|name| ArrayString::from(name).is_ok_and(|name| list.try_push(name).is_ok()))
+        };
         for word in line.split_ascii_whitespace() {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             let known = match (key, value) {
@@ -45,10 +52,8 @@ impl Options {
                     options.seed = seed.max(1);
                     true
                 }),
-                ("suite", _) => value.split(',').all(|name| {
-                    let name = ArrayString::from(name);
-                    name.is_ok_and(|name| options.suites.try_push(name).is_ok())
-                }),
+                ("suite", _) => names(value, &mut options.suites),
+                ("without", _) => names(value, &mut options.without),
                 // What loaders put there of their own accord: the image's name.
                 (path, "") => path.contains('/'),
                 _ => false,
@@ -60,6 +65,7 @@ impl Options {
 
     /// Is suite `name` to be run?
     pub fn wants(&self, name: &str) -> bool {
-        self.suites.is_empty() || self.suites.iter().any(|suite| suite.as_str() == name)
+        let named = |list: &[ArrayString<24>]| list.iter().any(|suite| suite.as_str() == name);
+        (self.suites.is_empty() || named(&self.suites)) && !named(&self.without)
     }
 }

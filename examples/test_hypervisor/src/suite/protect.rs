@@ -14,8 +14,8 @@ use crate::trouble::Trouble;
 use crate::virt::{Cause, Virt};
 use crate::vm::{Task, Vm, data_at, data_gfn, word};
 
-/// Spins in which a guest that could still write would do so many times.
-const LONG: u32 = 3_000;
+/// Spins in which a guest goes over its whole share, so that one that still could would write.
+const LONG: u32 = 20_000;
 
 /// See the file's head.
 pub fn run<V: Virt>(lab: &mut Lab<V>) {

@@ -20,8 +20,10 @@ use crate::vm::{Task, Vm, data_at, data_gfn};
 
 /// Pages of a share.
 const SHARE: u64 = 512;
-/// Spins in which a guest that could still write would do so many times.
-const LONG: u32 = 3_000;
+/// Spins in which a guest goes over its whole share, so that one that still could would write.
+const LONG: u32 = 20_000;
+/// Most pages of a small zap.
+const FEW: u64 = 128;
 
 /// See the file's head.
 pub fn run<V: Virt>(lab: &mut Lab<V>) {
@@ -72,17 +74,17 @@ fn shootdown<V: Virt>(lab: &mut Lab<V>) {
     let mut random = lab.random();
     let crowd = crowd::run(lab, &vm, SHARE, 60, &mut |actor, step| {
         random = random.rotate_left(11) ^ step;
-        let first = random % (SHARE * vcpus - 16);
+        let first = random % (SHARE * vcpus - FEW);
         // Now and then everything, else a few pages.
         let (first, pages) =
-            if step % 16 == 15 { (0, SHARE * vcpus) } else { (first, 1 + random / 4096 % 16) };
+            if step % 16 == 15 { (0, SHARE * vcpus) } else { (first, 1 + random / 4096 % FEW) };
         let range = GfnRange::from_len(data_gfn(first), pages);
         let guard = vm.mmu.vm().invalidate(actor.participant(), range);
         zapped += vm.mmu.unmap_in(actor, &guard, range).pages();
         // Faults retry while the guard lives: nothing may change.
-        let before = crowd::sum(&vm, first, pages.min(16));
+        let before = crowd::sum(&vm, first, pages.min(FEW));
         (0..LONG).for_each(|_| spin_loop());
-        alive += u64::from(crowd::sum(&vm, first, pages.min(16)) != before);
+        alive += u64::from(crowd::sum(&vm, first, pages.min(FEW)) != before);
         drop(guard);
     });
     lab.crowd("memory-while-zapped", &crowd);

@@ -21,7 +21,7 @@ const SEGMENT: [u32; 4] =
     [guest::ES_SELECTOR, guest::ES_LIMIT, guest::ES_ACCESS_RIGHTS, guest::ES_BASE];
 const SEGMENTS: usize = 8;
 
-/// The fields after the segments, in the order of [`pack`].
+/// The fields after the segments, in the order of [`Shadowed::pack`].
 const OTHERS: [u32; 15] = [
     guest::GDTR_BASE,
     guest::GDTR_LIMIT,

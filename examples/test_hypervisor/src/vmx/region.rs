@@ -1,4 +1,4 @@
-//! Pages that the processor uses by physical address: VMXON regions, VMCSs, logs, bitmaps.
+//! Pages that the processor uses by physical address: VMXON regions, VMCSs, logs.
 //!
 //! The direct map is the identity (`boot/entry.rs`), so a page's address is its physical address.
 //! No locks: a page belongs to the vCPU or CPU that made it.

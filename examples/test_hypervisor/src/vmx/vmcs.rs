@@ -1,4 +1,4 @@
-//! A VMCS with what it points to: the MSR bitmap and the hardware log.
+//! A VMCS with what it points to: the hardware log.
 //!
 //! Owns [`Vmcs`]: made, current when told, cleared when dropped. The host half is this CPU's state
 //! at the time of making, which this program does not change afterwards. Neighbours: `guest` for
@@ -28,8 +28,6 @@ static CURRENT: [AtomicU64; MAX_CPUS] = [const { AtomicU64::new(0) }; MAX_CPUS];
 #[derive(Debug)]
 pub struct Vmcs {
     region: Region,
-    /// All 0: no access to an MSR exits. The VMCS points to it.
-    msr_bitmap: Region,
     log: Option<Region>,
     /// The entry controls, without the guest's mode.
     entry: u32,
@@ -64,12 +62,8 @@ impl Vmcs {
             HardwareLog::On => Some(Region::zeroed()),
             HardwareLog::Off => None,
         };
-        let this = Self {
-            region: Region::with_revision(abilities.revision),
-            msr_bitmap: Region::zeroed(),
-            log,
-            entry: wanted.entry,
-        };
+        let this =
+            Self { region: Region::with_revision(abilities.revision), log, entry: wanted.entry };
         instr::vmclear(&this.region).map_err(named("VMCLEAR"))?;
         this.make_current().map_err(named("VMPTRLD"))?;
         this.write_controls(wanted, vpid).map_err(named("VMWRITE of a control"))?;
@@ -95,7 +89,6 @@ impl Vmcs {
     }
 
     fn write_controls(&self, wanted: &Wanted, vpid: u16) -> Result<(), Failed> {
-        let bitmap = self.msr_bitmap.physical();
         let fields = [
             (control::PINBASED_EXEC_CONTROLS, u64::from(wanted.pin)),
             (control::PRIMARY_PROCBASED_EXEC_CONTROLS, u64::from(wanted.primary)),
@@ -111,11 +104,9 @@ impl Vmcs {
             (control::VMEXIT_MSR_LOAD_COUNT, 0),
             (control::VMENTRY_MSR_LOAD_COUNT, 0),
             (control::VMENTRY_INTERRUPTION_INFO_FIELD, 0),
-            (control::MSR_BITMAPS_ADDR_FULL, bitmap),
         ];
         for (field, value) in fields {
-            // SAFETY: controls that make more exit, a bitmap that is ours as long as the VMCS, and
-            // no MSRs or events to load.
+            // SAFETY: controls that make more exit, and no MSRs or events to load.
             unsafe { instr::write(field, value) }?;
         }
         if wanted.has_vpid() {

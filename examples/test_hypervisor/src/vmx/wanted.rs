@@ -83,10 +83,12 @@ impl Wanted {
     /// The CPU does not offer it; the value is the bits that it lacks.
     pub fn new(abilities: &Abilities, setup: VcpuSetup) -> Result<Self, VirtError> {
         let pin = PinbasedControls::EXTERNAL_INTERRUPT_EXITING | PinbasedControls::NMI_EXITING;
-        // MSRs are the guest's but for EFER: the bitmap is all 0.
+        // Whatever would reach the host's own registers exits: ports, MSRs (without a bitmap),
+        // debug registers, the APIC's task priority.
         let mut primary = PrimaryControls::HLT_EXITING
             | PrimaryControls::UNCOND_IO_EXITING
-            | PrimaryControls::USE_MSR_BITMAPS
+            | PrimaryControls::MOV_DR_EXITING
+            | PrimaryControls::CR8_LOAD_EXITING
             | PrimaryControls::SECONDARY_CONTROLS;
         let mut secondary = 0;
         if abilities.allows(Kind::Secondary, VPID) {
