@@ -11,6 +11,7 @@
 //!   [skip] CHECK: reason
 //!   [note] text                                names a sentence of the manual that the machine
 //!                                              breaks; judged by nobody
+//! panic: text                                  something is broken; no summary follows
 //! N passed, N failed, N skipped                the summary: counts checks, ends the run
 //! ```
 
@@ -111,6 +112,10 @@ impl Reading {
             self.headline = Some(machine.to_owned());
             return true;
         }
+        if let Some(message) = line.strip_prefix("panic: ") {
+            self.panic.get_or_insert_with(|| message.to_owned());
+            return true;
+        }
         if self.headline.is_none() {
             return false;
         }
@@ -118,8 +123,6 @@ impl Reading {
             name.clone_into(&mut self.suite);
         } else if let Some(text) = line.strip_prefix("[note] ") {
             self.notes.push(text.to_owned());
-        } else if let Some(message) = line.strip_prefix("panic: ") {
-            self.panic.get_or_insert_with(|| message.to_owned());
         } else if let Some(check) = self.check(line) {
             self.checks.push(check);
         } else {
@@ -225,6 +228,7 @@ mod tests {
         assert_eq!(read(&failed).wrong(), ["levels 4k: 3"]);
         let panicked = SOUND.replace("suite levels", "panic: at main.rs\nsuite levels");
         assert_eq!(read(&panicked).wrong(), ["it panicked: at main.rs"]);
+        assert!(read("panic: no SVM").wrong().contains(&"it panicked: no SVM".to_owned()));
         let empty = "test_hypervisor: x\n0 passed, 0 failed, 0 skipped\n";
         assert_eq!(read(empty).wrong(), ["nothing passed"]);
     }

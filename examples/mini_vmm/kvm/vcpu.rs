@@ -91,7 +91,8 @@ impl KvmVcpu {
         state.sregs = sregs;
         state.regs.rip = stub::entry();
         state.regs.r15 = stub::mailbox(self.id);
-        state.regs.rflags = RFlags::FLAGS_A1.bits();
+        // IOPL 3 for ports: see `stub.rs`.
+        state.regs.rflags = (RFlags::FLAGS_A1 | RFlags::FLAGS_IOPL3).bits();
         for registers in [SyncReg::Register, SyncReg::SystemRegister] {
             self.fd.set_sync_dirty_reg(registers);
             self.fd.set_sync_valid_reg(registers);

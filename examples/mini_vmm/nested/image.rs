@@ -1,7 +1,6 @@
 //! A program that boots by PVH: an ELF file with a note that tells its 32-bit entry.
 
 use std::fmt;
-use std::path::Path;
 
 use object::elf::{self, FileHeader64};
 use object::read::elf::{FileHeader, ProgramHeader};
@@ -34,10 +33,8 @@ pub struct Image {
 }
 
 /// Why a file does not boot.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum ImageError {
-    /// It cannot be read.
-    Unreadable(String),
     /// It is no ELF64 file, or its tables lie outside it.
     NotElf(read::Error),
     /// A segment lies outside the file.
@@ -46,14 +43,13 @@ pub enum ImageError {
     NoEntry,
     /// Nothing is to be loaded.
     NothingToLoad,
-    /// A segment ends beyond the largest address.
+    /// A segment ends beyond the largest address, or before what the file holds of it.
     Place { start: u64, bytes: u64 },
 }
 
 impl fmt::Display for ImageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unreadable(why) => f.write_str(why),
             Self::NotElf(why) => write!(f, "not a program for this boot: {why}"),
             Self::Truncated { start } => {
                 write!(f, "the segment for {start:#x} lies outside the file")
@@ -61,7 +57,7 @@ impl fmt::Display for ImageError {
             Self::NoEntry => f.write_str("there is no PVH note that tells the 32-bit entry"),
             Self::NothingToLoad => f.write_str("there is nothing to load"),
             Self::Place { start, bytes } => {
-                write!(f, "a segment of {bytes:#x} bytes at {start:#x} ends nowhere")
+                write!(f, "a segment at {start:#x} cannot have {bytes:#x} bytes")
             }
         }
     }
@@ -76,16 +72,6 @@ impl From<read::Error> for ImageError {
 }
 
 impl Image {
-    /// The program in the file at `path`.
-    ///
-    /// # Errors
-    /// See [`ImageError`].
-    pub fn open(path: &Path) -> Result<Self, ImageError> {
-        let file = std::fs::read(path)
-            .map_err(|error| ImageError::Unreadable(format!("{}: {error}", path.display())))?;
-        Self::parse(&file)
-    }
-
     /// The program in `file`.
     ///
     /// # Errors
@@ -101,6 +87,9 @@ impl Image {
                 let end = start.checked_add(bytes).ok_or(ImageError::Place { start, bytes })?;
                 let data = program.data(endian, file);
                 let data = data.map_err(|()| ImageError::Truncated { start })?;
+                if data.len() as u64 > bytes {
+                    return Err(ImageError::Place { start, bytes });
+                }
                 segments.push(Segment { start, bytes: data.to_vec(), end });
             }
             let Some(mut notes) = program.notes(endian, file)? else { continue };

@@ -1,8 +1,8 @@
 //! The test hypervisor on /dev/kvm: boots it as a guest, prints what it says, judges by that.
 
-use std::env;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
+use std::{env, fmt, fs};
 
 use kvm_ioctls::Kvm;
 
@@ -33,7 +33,9 @@ pub fn run(options: &Options) -> Result<Report, Error> {
     if !path.exists() {
         return Err(Missing::Image(path.display().to_string()).into());
     }
-    let image = Image::open(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let named = |error: &dyn fmt::Display| format!("{}: {error}", path.display());
+    let file = fs::read(&path).map_err(|error| named(&error))?;
+    let image = Image::parse(&file).map_err(|error| named(&error))?;
     let command_line = command_line(options);
     println!("\n/dev/kvm lends {extension}; booting {} `{command_line}`", path.display());
     let memory = options.memory.unwrap_or(MEMORY);

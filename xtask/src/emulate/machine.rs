@@ -73,6 +73,8 @@ pub(crate) struct Machine {
     pub(crate) ours: u32,
     /// The suites that it runs unless told otherwise; `None`: all.
     pub(crate) suites: Option<&'static str>,
+    /// Suites that the machine does not survive.
+    pub(crate) without: Option<&'static str>,
 }
 
 impl Machine {
@@ -83,7 +85,7 @@ impl Machine {
         model: &'static str,
         cpus: u32,
     ) -> Self {
-        Self { name, group, emulator, model, cpus, ours: cpus, suites: None }
+        Self { name, group, emulator, model, cpus, ours: cpus, suites: None, without: None }
     }
 
     /// So long may it run. Generous: the host is busy with other things, too.
@@ -95,11 +97,6 @@ impl Machine {
 /// The suites that the group `nested` runs: those in which a missing flush shows, and one that
 /// shows that the chain works.
 const NESTED_SUITES: &str = "faults,flush,aging,zap";
-/// All but `platform`: a triple fault of a guest ends Bochs 2.7 itself, which does not know SVM's
-/// intercept of shutdown.
-const RYZEN_SUITES: &str = "modes,shadow-exits,faults,accessed-dirty,flush,sizes,execute,tracking,\
-    mmio,huge,protect,dirty,aging,zap,zap-all,workload";
-
 /// All of them.
 pub(crate) const MACHINES: [Machine; 10] = [
     Machine::bare("qemu-max-1", Group::Npt, Emulator::Qemu, "max", 1),
@@ -112,7 +109,9 @@ pub(crate) const MACHINES: [Machine; 10] = [
         model: "ryzen",
         cpus: 1,
         ours: 1,
-        suites: Some(RYZEN_SUITES),
+        suites: None,
+        // A triple fault of a guest ends Bochs 2.7 itself: it has no SVM intercept of shutdown.
+        without: Some("platform"),
     },
     Machine::bare("bochs-haswell-1", Group::Ept, Emulator::Bochs, "corei7_haswell_4770", 1),
     Machine::bare("bochs-haswell-2", Group::Ept, Emulator::Bochs, "corei7_haswell_4770", 2),
@@ -126,6 +125,7 @@ pub(crate) const MACHINES: [Machine; 10] = [
         cpus: 2,
         ours: 2,
         suites: Some(NESTED_SUITES),
+        without: None,
     },
     // Bochs' CPUs take turns: a second one would make Linux slower and nothing more true.
     Machine {
@@ -136,6 +136,7 @@ pub(crate) const MACHINES: [Machine; 10] = [
         cpus: 1,
         ours: 2,
         suites: Some(NESTED_SUITES),
+        without: None,
     },
 ];
 

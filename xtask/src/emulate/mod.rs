@@ -10,8 +10,11 @@
 //! | `run` | one run: serial port, time limit |
 //! | `skips` | which checks may be skipped where |
 //!
-//! What the program prints is read by `examples/test_hypervisor/protocol.rs`.
+//! What the program prints is read by `examples/test_hypervisor/protocol.rs`, its file by mini_vmm's
+//! `nested/image.rs`.
 
+#[path = "../../../examples/mini_vmm/nested/image.rs"]
+mod elf;
 mod image;
 mod linux;
 mod machine;
@@ -180,6 +183,9 @@ impl Campaign<'_> {
         if let Some(suites) = self.suites(machine) {
             line += &format!(" suite={suites}");
         }
+        if let Some(suites) = machine.without {
+            line += &format!(" without={suites}");
+        }
         line
     }
 
@@ -218,7 +224,8 @@ impl Campaign<'_> {
         if let Some(name) = &self.options.must_fail {
             return self.judge_broken(name, run);
         }
-        let suites = if self.suites(machine).is_some() { Suites::Some } else { Suites::All };
+        let some = self.suites(machine).is_some() || machine.without.is_some();
+        let suites = if some { Suites::Some } else { Suites::All };
         let mut wrong = run.reading.wrong();
         wrong.extend(badly_ended(machine, run));
         wrong.extend(self.skips.judge(machine.name, &run.reading, suites));
