@@ -1,7 +1,6 @@
 //! Aging on one thread, tables out of the caches.
 
-use mmu_core::addr::{Gfn, Level};
-use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, AgeSink, CountOnly, MASK_WORDS};
+use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, CountOnly, UpperBits};
 
 use crate::harness::{Bench, Random, time};
 use crate::host::{Shape, Vm};
@@ -23,15 +22,21 @@ pub fn shares(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
         }
     }
     if wanted("age_bitmap") {
-        let mut bitmap = Bitmap(vec![0; (vm.pages / 64) as usize]);
+        let mut bits = vec![0; (vm.pages / 64) as usize];
         bench.repeat("age_bitmap", vm.pages, || {
             let young = vm.set_accessed(&tables, || random.next() % 100 < 1);
             vm.evict();
-            let ns = time(|| assert_eq!(pass(&mut vm, &mut bitmap), young));
-            assert_eq!(bitmap.0.iter().map(|w| u64::from(w.count_ones())).sum::<u64>(), young);
+            let ns = time(|| assert_eq!(bitmap(&mut vm, &mut bits), young));
+            assert_eq!(bits.iter().map(|w| u64::from(w.count_ones())).sum::<u64>(), young);
             ns
         });
     }
+}
+
+/// One call over everything that answers for each gfn; the young pages it saw.
+pub fn bitmap(vm: &mut Vm, bits: &mut [u64]) -> u64 {
+    let request = AgeRequest::new(vm.range(), AgeMode::Clear);
+    vm.mmu.age_bitmap(vm.vcpu.actor(), request, bits, &mut []).young
 }
 
 /// One call over everything; the young pages it saw.
@@ -40,15 +45,8 @@ pub fn pass(vm: &mut Vm, sink: &mut impl AgeSink) -> u64 {
     vm.mmu.age(vm.vcpu.actor(), request, sink).young
 }
 
-/// One bit per gfn: young.
-pub struct Bitmap(pub Vec<u64>);
-
-impl AgeSink for Bitmap {
-    #[inline]
-    fn table(&mut self, base: Gfn, _: &[u64; MASK_WORDS], young: &[u64; MASK_WORDS]) {
-        let first = (base.get() / 64) as usize;
-        self.0[first..first + MASK_WORDS].copy_from_slice(young);
-    }
-
-    fn huge(&mut self, _: Gfn, _: Level, _: bool) {}
+/// The same as a call that uses upper accessed bits and flushes, so that the next may believe them.
+pub fn upper_pass(vm: &mut Vm) -> AgeReport {
+    let request = AgeRequest::new(vm.range(), AgeMode::ClearFlush).with_upper(UpperBits::Use);
+    vm.mmu.age(vm.vcpu.actor(), request, &mut CountOnly)
 }

@@ -7,7 +7,6 @@ use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::fault::FaultOutcome;
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 
-use crate::age::Bitmap;
 use crate::dirty::{collapse, split};
 use crate::harness::Random;
 use crate::host::{Shape, Vm, expect, forbidden_write, map, write};
@@ -146,8 +145,8 @@ fn on_mapped(row: &str, vm: &mut Vm, order: &[u32], count: u64) {
             let mut random = Random::new(6);
             vm.set_accessed(&tables, || random.next() % 100 < percent);
             let report = if row == "age_bitmap" {
-                let mut bitmap = Bitmap(vec![0; (PAGES / 64) as usize]);
-                vm.mmu.age(vm.vcpu.actor(), some, &mut bitmap)
+                let mut bits = vec![0; (PAGES / 64) as usize];
+                vm.mmu.age_bitmap(vm.vcpu.actor(), some, &mut bits, &mut [])
             } else {
                 vm.mmu.age(vm.vcpu.actor(), some, &mut CountOnly)
             };

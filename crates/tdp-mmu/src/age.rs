@@ -238,8 +238,8 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
             return next.map_or(End::Done, End::Paused);
         }
         let mut stopped = false;
-        let plan = |this: &mut Self, step: &Step<'_>, count| {
-            let plan = this.plan(step, count);
+        let plan = |this: &mut Self, iter: &TdpIter<'_, H>, step: &Step<'_>, room| {
+            let plan = this.plan(iter, step, room);
             stopped |= plan == Plan::Stop;
             plan
         };
@@ -261,9 +261,9 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
         Visit::Done
     }
 
-    /// Is the entry worth a visit, of which it and `count` below it are read?
+    /// Is the entry worth a visit, of which it and `below` are read? There is `room` in the slice.
     #[inline]
-    fn plan(&mut self, step: &Step<'_>, count: usize) -> Plan {
+    fn plan(&mut self, iter: &TdpIter<'_, H>, step: &Step<'_>, [below, room]: [usize; 2]) -> Plan {
         let left = match self.job.effort {
             Effort::Fast => self.job.budget.saturating_sub(self.report.entries),
             Effort::Full => u64::MAX,
@@ -273,13 +273,15 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
         }
         let uses = self.job.upper == UpperBits::Use && step.spte.is_table(step.level);
         if uses && self.is_idle(step) {
-            self.report.entries += 1;
-            let part = step.range().intersection(self.job.range);
+            let most = room.min(usize::try_from(left).unwrap_or(usize::MAX));
+            let (links, idle) = self.idle_run(iter, step, most);
+            let part = idle.intersection(self.job.range);
+            self.report.entries += to_u64(links);
             self.report.idle += part.len();
             self.work.sink.idle(part);
-            return Plan::Skip;
+            return Plan::Skip(links);
         }
-        if to_u64(count) < left { Plan::Visit } else { Plan::Stop }
+        if to_u64(below) < left { Plan::Visit } else { Plan::Stop }
     }
 
     fn huge(&mut self, step: &Step<'_>) {

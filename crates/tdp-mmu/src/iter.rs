@@ -16,6 +16,8 @@ use mmu_core::spte::Spte;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::sync::ENTRIES;
 
+use crate::scan;
+
 /// An entry as the walk found it: where it is, and a snapshot of what it held.
 #[derive(Clone, Copy, Debug)]
 pub struct Step<'g> {
@@ -169,6 +171,30 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
     #[inline]
     pub const fn skip_subtree(&mut self) {
         self.skip = self.started;
+    }
+
+    /// How many entries, from the current one on and in its table, are links without `bit`: at most
+    /// `most`, at least the current one. Reads them relaxed: see [`scan`].
+    pub(crate) fn links_without(&self, bit: u64, most: usize) -> usize {
+        let Some(table) = self.table() else { return 1 };
+        let pages = self.level.pages();
+        let inside = self.cursor.end.distance_from(self.gfn).div_ceil(pages);
+        let most = most.min(usize::try_from(inside).unwrap_or(ENTRIES));
+        let first = self.gfn.index(self.level) + 1;
+        let end = (first + most.saturating_sub(1)).min(ENTRIES);
+        let cells = table.entries().get(first..end).unwrap_or(&[]);
+        1 + scan::links_without(cells, bit)
+    }
+
+    /// Leave out the current entry with everything below it, and the entries after it in its table,
+    /// so many in all.
+    pub(crate) fn skip_entries(&mut self, entries: usize) {
+        let more = mmu_core::addr::to_u64(entries.saturating_sub(1));
+        if more != 0 {
+            self.gfn = self.gfn.saturating_add(more.saturating_mul(self.level.pages()));
+            self.cursor.next = self.gfn;
+        }
+        self.skip_subtree();
     }
 
     /// Where the walk is heading: every entry for gfns before this has been visited.

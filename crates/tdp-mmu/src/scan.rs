@@ -9,6 +9,7 @@ use mmu_core::frame::PageTable;
 use mmu_core::frame::raw::prefetch;
 use mmu_core::spte::Spte;
 use mmu_core::spte::cell::SpteCell;
+use mmu_core::spte::format::PAGE_SIZE;
 
 /// Entries in a cache line.
 pub(crate) const LINE: usize = 8;
@@ -76,6 +77,22 @@ fn mixed(cells: &[SpteCell], first: u64, both: u64) -> (u64, u64) {
     (has_first, has_both)
 }
 
+/// How many of the first entries are links without any bit of `mask`.
+pub(crate) fn links_without(cells: &[SpteCell], mask: u64) -> usize {
+    let mask = mask | PAGE_SIZE;
+    let mut count = 0;
+    for cells in cells.chunks(LINE) {
+        let line = Line::read(cells);
+        if line.all & PRESENT != 0 && line.any & mask == 0 {
+            count += cells.len();
+            continue;
+        }
+        let idle = |cell: &&SpteCell| cell.peek().raw() & (PRESENT | mask) == PRESENT;
+        return count + cells.iter().take_while(idle).count();
+    }
+    count
+}
+
 /// Ask for the lines of mask word `word` of a table that will be scanned soon.
 #[inline(always)]
 pub(crate) fn fetch(table: Option<&PageTable>, word: usize) {
@@ -125,6 +142,27 @@ mod tests {
                     let raw = cell.peek().raw();
                     assert_eq!(present >> index & 1 == 1, raw & first != 0);
                     assert_eq!(young >> index & 1 == 1, raw & first != 0 && raw & second != 0);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_of_links_ends_where_a_plain_loop_ends_it() {
+        let mut random = Random::new(2);
+        for length in 0..200 {
+            let table = PageTable::new_empty();
+            let idle = PRESENT | 0x1000;
+            let others = [0, idle | 1 << 8, idle | PAGE_SIZE, 1 << 8];
+            for (index, cell) in table.entries().iter().enumerate() {
+                let other = others[mmu_core::addr::to_index(random.below(4))];
+                cell.init(Spte::from_raw(if index < length { idle } else { other }));
+            }
+            for first in (0..=length).step_by(7) {
+                for end in [first, first + 1, length, 512] {
+                    let cells = table.entries().get(first..end).unwrap_or(&[]);
+                    let expected = length.min(end).saturating_sub(first).min(cells.len());
+                    assert_eq!(links_without(cells, 1 << 8), expected, "{first}..{end}");
                 }
             }
         }

@@ -25,8 +25,9 @@ pub(crate) enum Found<'g> {
 pub(crate) enum Plan {
     /// It is worked on.
     Visit,
-    /// It is left out, with all below it: it counts as one.
-    Skip,
+    /// It is left out with all below it, and so are the entries after it in its table: as many as
+    /// this says, itself included. Each counts as one.
+    Skip(usize),
     /// The walk ends before it.
     Stop,
 }
@@ -49,20 +50,20 @@ pub(crate) fn run<'g, H: Host>(
     range: GfnRange,
     mut visit: impl FnMut(Found<'g>) -> Visit,
 ) -> Option<Cursor> {
-    let plan = |(): &mut (), _: &Step<'_>, _| Plan::Visit;
+    let plan = |(): &mut (), _: &TdpIter<'g, H>, _: &Step<'_>, _| Plan::Visit;
     run_planned(stats, iter, range, &mut (), plan, |(), found| visit(found))
 }
 
-/// The same with a question before each entry, which is told how many entries its part of a level-1
-/// table has; it is asked once in each slice that comes to the entry. Both work on `work`. A walk
-/// that is stopped is suspended at the entry.
+/// The same with a question before each entry, which is told how many entries of a level-1 table a
+/// visit would read, and how many there is room for in the slice; it is asked once in each slice
+/// that comes to the entry. Both work on `work`. A walk that is stopped is suspended at the entry.
 #[inline(always)]
 pub(crate) fn run_planned<'g, H: Host, W>(
     stats: &StatsShard,
     mut iter: TdpIter<'g, H>,
     range: GfnRange,
     work: &mut W,
-    mut plan: impl FnMut(&mut W, &Step<'g>, usize) -> Plan,
+    mut plan: impl FnMut(&mut W, &TdpIter<'g, H>, &Step<'g>, [usize; 2]) -> Plan,
     mut visit: impl FnMut(&mut W, Found<'g>) -> Visit,
 ) -> Option<Cursor> {
     let mut visited = 0;
@@ -75,11 +76,12 @@ pub(crate) fn run_planned<'g, H: Host, W>(
                 Err(same) => iter = same,
             }
         }
-        match plan(work, &step, table.as_ref().map_or(0, |table| table.count)) {
+        let below = table.as_ref().map_or(0, |table| table.count);
+        match plan(work, &iter, &step, [below, SLICE_ENTRIES.saturating_sub(visited)]) {
             Plan::Visit => {}
-            Plan::Skip => {
-                iter.skip_subtree();
-                visited += 1;
+            Plan::Skip(entries) => {
+                iter.skip_entries(entries);
+                visited += entries;
                 continue;
             }
             Plan::Stop => return pause(stats, visited, iter.cursor()),

@@ -27,14 +27,15 @@
 //! bits finds it. PAE page-directory-pointer entries have no A, nor has any link without hardware
 //! A/D: those are always entered.
 
-use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::addr::{Gfn, GfnRange, Level, to_u64};
 use mmu_core::spte::SpteFormat;
 use mmu_core::spte::cell::SpteCell;
+use mmu_core::sync::{Ordering, fence};
 use mmu_core::traits::{AgeMode, AgeSink, Host};
 
 use crate::age::Slice;
 use crate::change::Change;
-use crate::iter::Step;
+use crate::iter::{Step, TdpIter};
 use crate::root::FoundRoot;
 
 /// Tries to set a bit in a link that others change meanwhile. Each loss means that the CPU or an
@@ -79,6 +80,30 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
         }
         self.work.entered.note(gfn, level);
         false
+    }
+
+    /// How many links from `step` on are idle, at most `most`, and what they map; `step` is.
+    #[inline]
+    pub(crate) fn idle_run(
+        &mut self,
+        iter: &TdpIter<'_, H>,
+        step: &Step<'_>,
+        most: usize,
+    ) -> (usize, GfnRange) {
+        let one = (1, step.range());
+        let links = if cfg!(loom) { 1 } else { iter.links_without(F::ACCESSED, most) };
+        if links == 1 {
+            return one;
+        }
+        // ORDERING[upper-pass]: Acquire. After the relaxed reads of the links, before `trusts`
+        // reads the count: who cleared one of them is seen to have begun.
+        fence(Ordering::Acquire);
+        let range = GfnRange::from_len(step.gfn, to_u64(links).saturating_mul(step.level.pages()));
+        if self.mmu.unflushed().trusts(self.work.pass, range, step.level) {
+            (links, range)
+        } else {
+            one
+        }
     }
 
     /// Clear A of a link. A lost exchange leaves it to the other: the CPU sets no more than A, an

@@ -5,7 +5,7 @@ use std::sync::mpsc;
 
 use lru_age::{
     AgePass, AgeTable, Harvest, Histogram, PassCounts, PassOptions, PassReport, ScanPlan,
-    candidates,
+    WorkingSet, candidates,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
 use mmu_core::traits::{

@@ -246,6 +246,13 @@ impl PfnResolver for ModelHost {
     }
 }
 
+/// In which order a walk sets accessed bits. Nothing promises one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    LinksFirst,
+    LeafFirst,
+}
+
 /// What one access by the processor came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Accessed {
@@ -386,6 +393,69 @@ impl<F: Modelled> World<F> {
             }
         }
         Accessed::default()
+    }
+
+    /// The processor reads `gfn` with all its caches: through its TLB if that has the page, else by
+    /// a walk that starts at the table it has cached, sets A in what it passes, in either order,
+    /// and caches what has A. `false` when it faults.
+    pub(crate) fn touch(&self, gfn: Gfn, order: Order) -> bool {
+        let host = self.vm.host();
+        let _accessing = host.accessing.lock().expect("no panic");
+        let (config, at) = (self.mmu.config(), gfn.index_in_slot());
+        while !host.cpu.lock().expect("no panic").out {
+            if host.cpu.lock().expect("no panic").tlb[at].is_some() {
+                return true;
+            }
+            let upper = host.cpu.lock().expect("no panic").upper.filter(|_| BOTH.contains(gfn));
+            let start = upper.map_or((self.root, config.levels()), |table| (table, Level::L1));
+            let mut passed = self.pass(start, gfn);
+            let Some(&(_, leaf, level)) = passed.last() else { break };
+            if !leaf.is_leaf(level) || !config.is_hw_present(leaf) {
+                // A fault ends what is cached of the way there.
+                host.cpu.lock().expect("no panic").upper = None;
+                break;
+            }
+            if order == Order::LeafFirst {
+                passed.reverse();
+            }
+            let has_bit = |level, leaf: Spte| {
+                config.has_table_accessed(level) || leaf.is_leaf(level) && config.ad_enabled()
+            };
+            let marked = passed.iter().filter(|(_, entry, level)| has_bit(*level, *entry)).all(
+                |(cell, entry, _)| {
+                    let after = entry.with(F::ACCESSED);
+                    *entry == after || cell.try_change(*entry, after).is_ok()
+                },
+            );
+            if marked {
+                let page = frame((leaf, level), gfn);
+                assert!(host.may_use(gfn, page), "translated to a page that is not the guest's");
+                let link = passed
+                    .iter()
+                    .find(|(_, entry, level)| *level == Level::L2 && entry.is_table(Level::L2));
+                let mut cpu = host.cpu.lock().expect("no panic");
+                cpu.tlb[at] = Some(page);
+                if let Some((_, link, _)) = link.filter(|_| BOTH.contains(gfn)) {
+                    cpu.upper = Some(link.pfn());
+                }
+                return true;
+            }
+        }
+        false
+    }
+
+    /// The entries that a walk passes, the last one links nothing.
+    fn pass(&self, (table, mut level): (Pfn, Level), gfn: Gfn) -> Vec<(&SpteCell, Spte, Level)> {
+        let mut table = self.vm.pool().owned_table(table);
+        let mut passed = Vec::new();
+        loop {
+            let cell = table.cell(gfn, level);
+            let spte = cell.load();
+            passed.push((cell, spte, level));
+            let Some(below) = level.down().filter(|_| spte.is_table(level)) else { return passed };
+            table = self.vm.pool().owned_table(spte.pfn());
+            level = below;
+        }
     }
 
     /// The guest writes to `gfn`, through its TLB if that has the page as written already. Where it
