@@ -80,8 +80,8 @@ impl<'t> AgeEditor<'t> {
         counts.unmapped_now
     }
 
-    /// The tracked pages of `range` were used: seen outside a pass, as by a look-around. What a huge
-    /// leaf maps is used as a whole, also outside of `range`: it has one accessed bit. Returns
+    /// The tracked pages of `range` were used: seen outside a pass, as by a look-around. What a
+    /// huge leaf maps is used as a whole, also outside of `range`: it has one accessed bit. Returns
     /// `young`, `promoted`, `again` and `second_chance`.
     pub fn touch(&mut self, range: GfnRange, promotion: Promotion) -> PassCounts {
         let mut counts = PassCounts::default();
