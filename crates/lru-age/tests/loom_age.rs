@@ -162,7 +162,7 @@ fn editors_hand_the_table_over_whole() {
 /// came second found the table whole.
 #[test]
 fn a_page_is_evicted_or_promoted() {
-    model("age_evict_against_promote", Some(3), || {
+    model("age_evict_against_promote", None, || {
         let table = table(4);
         let other = Arc::clone(&table);
         let other = thread::spawn(move || {
@@ -184,7 +184,7 @@ fn a_page_is_evicted_or_promoted() {
 /// stands still.
 #[test]
 fn generations_advance_or_pages_go() {
-    model("age_advance_against_evict", Some(2), || {
+    model("age_advance_against_evict", None, || {
         let table = table(4);
         let before = table.window().max_seq();
         let other = Arc::clone(&table);

@@ -5,10 +5,12 @@ use std::sync::mpsc;
 
 use lru_age::{
     AgePass, AgeTable, Harvest, Histogram, PassCounts, PassOptions, PassReport, ScanPlan,
-    candidates,
+    WorkingSet, candidates,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
-use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, UpperBits};
+use mmu_core::traits::{
+    AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, UpperBits,
+};
 
 use crate::fake::{BLOCK, FakeMmu, Rng, range};
 
@@ -160,4 +162,89 @@ fn a_harvest_takes_what_it_has_room_for_and_strangers_are_ignored() {
     pass.absorb(&harvest);
     let report = pass.finish(0);
     assert_eq!((report.complete, table.tracked_pages()), (false, 1014));
+}
+
+/// Two trees that map the same memory, as with two address spaces: told of one after the other.
+struct TwoTrees([FakeMmu; 2]);
+
+impl AgeRange for TwoTrees {
+    type Reader = ();
+
+    fn age<S: AgeSink>(&self, _: &mut (), request: AgeRequest, sink: &mut S) -> AgeReport {
+        let [first, second] = &self.0;
+        let report = first.age(&mut (), request, sink);
+        let rest = GfnRange::new(request.range.start, report.next);
+        let more = second.ask_all(request.for_range(rest), sink);
+        AgeReport { next: report.next, ..report.merge(more) }
+    }
+
+    fn abilities(&self) -> AgeAbilities {
+        self.0[0].abilities() & self.0[1].abilities()
+    }
+
+    fn flush_aged(&self, _: &mut (), _: GfnRange) {}
+}
+
+impl FakeMmu {
+    /// The whole of `request`, whatever its budget.
+    fn ask_all<S: AgeSink>(&self, request: AgeRequest, sink: &mut S) -> AgeReport {
+        self.age(&mut (), request.with_budget(u64::MAX), sink)
+    }
+}
+
+/// A page is as young as the younger of its entries, in one walk and in parts, and where one tree
+/// is idle.
+#[test]
+fn what_any_tree_saw_counts() {
+    for (seed, skip_idle) in (0..10).map(|seed| (seed, seed % 2 == 1)) {
+        println!("seed {seed}");
+        let mut rng = Rng(seed);
+        let trees = TwoTrees([(); 2].map(|()| {
+            let mut mmu = FakeMmu::new(BLOCKS);
+            mmu.skip_idle = skip_idle;
+            mmu.map(0..BLOCKS * BLOCK);
+            mmu
+        }));
+        let tables = [(); 2].map(|()| table());
+        let max = |table: &AgeTable| table.window().max_seq();
+        for round in 0..6 {
+            // Round 0 marks every page referenced; later uses promote.
+            let mut used = [(); 2].map(|()| rng.pages(BLOCKS * BLOCK));
+            if round == 0 {
+                used = [(); 2].map(|()| 0..BLOCKS * BLOCK);
+            }
+            for (table, parts) in tables.iter().zip([false, true]) {
+                for (mmu, pages) in trees.0.iter().zip(&used) {
+                    pages.clone().for_each(|gfn| mmu.touch(gfn));
+                }
+                let seq = max(table);
+                let report = if parts {
+                    let mut pass = AgePass::start_with(table, OPTIONS).unwrap();
+                    let (plan, request) = (ScanPlan::new(table, 3), pass.request());
+                    let mut harvest = Harvest::new(3).unwrap();
+                    while let Some(part) = plan.claim() {
+                        harvest.collect(&trees, &mut (), request.for_range(part));
+                        pass.absorb(&harvest);
+                    }
+                    pass.finish(0)
+                } else {
+                    let mut pass = AgePass::start_with(table, OPTIONS).unwrap();
+                    while pass.step(&trees, &mut (), 1500).next.is_some() {}
+                    pass.finish(0)
+                };
+                assert_eq!(report.counts.unmapped_now, 0);
+                table.check().unwrap();
+                let covered = |gfn: &u64| table.ranges().any(|r| r.contains(Gfn::new(*gfn)));
+                let all = (0..BLOCKS * BLOCK).filter(|gfn| used.iter().any(|u| u.contains(gfn)));
+                let truth = to_u64(all.filter(covered).count());
+                let set = WorkingSet::of(table, 1).unwrap();
+                assert!(set.low <= truth && truth <= set.high, "{truth} not in {set:?}");
+                for gfn in 0..BLOCKS * BLOCK {
+                    let Some(age) = table.page_age(Gfn::new(gfn)) else { continue };
+                    let was_used = used.iter().any(|pages| pages.contains(&gfn));
+                    assert_eq!(age.seq == seq, was_used, "round {round} parts {parts} gfn {gfn}");
+                }
+            }
+        }
+    }
 }
