@@ -12,7 +12,7 @@ use mmu_core::addr::{Gfn, GfnRange, Level, to_u64};
 use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Capabilities, Ept, Legacy, Npt};
 use mmu_core::stats::Counter;
-use mmu_core::traits::{AgeMode, AgeReport, AgeSink, MASK_WORDS};
+use mmu_core::traits::{AgeMode, AgeReport, AgeRequest, AgeSink, CountOnly, Effort, MASK_WORDS};
 use mmu_model::{AccessKind, Caches, Random, SoftCpu};
 use tdp_mmu::zap::SLICE_ENTRIES;
 
@@ -189,6 +189,38 @@ fn a_huge_page_ages_as_a_whole() {
             let across = range(first + pages - 1, first + pages + 1);
             assert_eq!(guest.age(across, AgeMode::Clear).young, 1);
             assert_eq!(guest.age(whole, AgeMode::Test).young, 0);
+            guest.finish();
+        }
+    }
+    for_each_format!(run);
+}
+
+/// What was cleared by one page of a huge leaf and not flushed hides accesses to all of it: a
+/// precise pass over another page owes the flush too.
+#[test]
+fn a_huge_page_that_was_cleared_by_one_page_is_flushed_by_any() {
+    fn run<F: Modelled>(caps: Capabilities) {
+        for (effort, level) in [(Effort::Full, Level::L2), (Effort::Fast, Level::L3)] {
+            let mut guest = Guest::<F>::with_memory(caps, 2 * G1, level);
+            let root = guest.root_register();
+            let cpu = SoftCpu::new(&guest.format, root, Caches::unlimited());
+            let core = guest.host().add_core(cpu);
+            guest.map([BASE], Read, level);
+            let read = |guest: &Guest<F>| {
+                let access = mmu_model::Access::user(Read);
+                core.lock().unwrap().cpu.access(guest.host(), (BASE + 9) << 12, access).is_ok()
+            };
+            assert!(read(&guest));
+            let one = |page| range(BASE + page, BASE + page + 1);
+            let clear = AgeRequest::new(one(200), AgeMode::Clear).with_effort(effort);
+            assert_eq!(guest.ask(clear, &mut CountOnly).young, 1);
+            assert!(read(&guest), "from the TLB");
+            assert_eq!(guest.age(one(9), AgeMode::ClearFlush).young, 0, "hidden");
+            if !read(&guest) {
+                let _ = guest.fault(BASE + 9, Read, level);
+            }
+            assert_eq!(guest.age(one(300), AgeMode::Test).young, 1);
+            guest.check();
             guest.finish();
         }
     }

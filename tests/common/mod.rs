@@ -634,7 +634,11 @@ impl<F: Modelled> Guest<F> {
         budget: u64,
         sink: &mut S,
     ) -> AgeReport {
-        self.mmu.age(&mut self.actor, AgeRequest::new(range, mode).with_budget(budget), sink)
+        self.ask(AgeRequest::new(range, mode).with_budget(budget), sink)
+    }
+
+    pub fn ask<S: AgeSink>(&mut self, request: AgeRequest, sink: &mut S) -> AgeReport {
+        self.mmu.age(&mut self.actor, request, sink)
     }
 
     pub fn root_register(&mut self) -> u64 {

@@ -80,8 +80,9 @@ impl<'t> AgeEditor<'t> {
         counts.unmapped_now
     }
 
-    /// The tracked pages of `range` were used: seen outside a pass, as by a look-around. A 2 MiB
-    /// block under a huge leaf is used as a whole. Returns `young`, `promoted` and `second_chance`.
+    /// The tracked pages of `range` were used: seen outside a pass, as by a look-around. What a huge
+    /// leaf maps is used as a whole, also outside of `range`: it has one accessed bit. Returns
+    /// `young`, `promoted`, `again` and `second_chance`.
     pub fn touch(&mut self, range: GfnRange, promotion: Promotion) -> PassCounts {
         let mut counts = PassCounts::default();
         let rules = self.rules(promotion);
@@ -94,8 +95,9 @@ impl<'t> AgeEditor<'t> {
                 let Some((cell, pages)) = region.block(block) else { break };
                 let old = summary::load_own(cell);
                 if old.is_huge() {
-                    counts.young += BLOCK_PAGES;
-                    self.huge(region, block, old.level(), true, rules, &mut counts);
+                    let leaf = GfnRange::entry(region.base_of(block), old.level());
+                    at = at.max(leaf.end);
+                    self.touch_leaf(region, leaf, old.level(), rules, &mut counts);
                     continue;
                 }
                 let mut present = region.mask(block, part);
@@ -106,7 +108,40 @@ impl<'t> AgeEditor<'t> {
                 self.pages(region, block, &present, &present, &present, rules, &mut counts);
             }
         }
+        self.table.hear(counts.young);
         counts
+    }
+
+    /// The blocks of `leaf` that are tracked under a leaf of that level were used.
+    fn touch_leaf(
+        &self,
+        region: &Region,
+        leaf: GfnRange,
+        level: Level,
+        rules: Rules,
+        counts: &mut PassCounts,
+    ) {
+        let part = region.range().intersection(leaf);
+        let mut at = part.start;
+        while at < part.end {
+            let block = region.block_of(at);
+            at = region.base_of(block).saturating_add(BLOCK_PAGES);
+            let Some((cell, _)) = region.block(block) else { return };
+            if summary::load_own(cell).level() == level {
+                counts.young += BLOCK_PAGES;
+                self.huge(region, block, level, true, rules, counts);
+            }
+        }
+    }
+
+    /// A 2 MiB part of a leaf of 1 GiB was found used and taken in: so were the other parts, which
+    /// share its accessed bit.
+    pub(crate) fn share(&self, range: GfnRange, rules: Rules, counts: &mut PassCounts) {
+        let leaf = GfnRange::entry(range.start, Level::L3);
+        let Some(region) = self.table.region_at(range.start) else { return };
+        for rest in [GfnRange::new(leaf.start, range.start), GfnRange::new(range.end, leaf.end)] {
+            self.touch_leaf(region, rest, Level::L3, rules, counts);
+        }
     }
 
     /// Pages of `range` were mapped by leaves at `level`: track them in the youngest generation now
@@ -138,7 +173,8 @@ impl<'t> AgeEditor<'t> {
 
     /// The pages of `range` that are in generation `seq` go to the next one: old enough to leave,
     /// and kept for another reason (KVM row 5.31). A block of a huge leaf moves as a whole. Returns
-    /// how many moved: none from a generation that does not exist or is the youngest.
+    /// how many moved: none from a generation that does not exist or is the youngest. For a
+    /// [`WorkingSet`](crate::WorkingSet) of more than one interval they count as used.
     pub fn protect(&mut self, range: GfnRange, seq: Seq) -> u64 {
         if !self.window.contains(seq) || seq == self.window.max_seq() {
             return 0;
@@ -171,7 +207,8 @@ impl<'t> AgeEditor<'t> {
             Promotion::SecondChance => 0,
             Promotion::Immediate => u64::MAX,
         };
-        Rules { youngest: self.window.label(self.window.max_seq()), immediate }
+        let [youngest, previous, ..] = self.by_age;
+        Rules { youngest, previous, immediate }
     }
 
     /// What an MMU said about the `looked` pages of a block that 4 KiB leaves map.
@@ -223,11 +260,16 @@ impl<'t> AgeEditor<'t> {
         counts.added += BLOCK_PAGES - known;
         counts.added_idle += if young { 0 } else { BLOCK_PAGES - known };
         let mut label = if known == 0 { rules.youngest } else { self.youngest_of(old) };
+        if !young && !old.is_huge() && known != 0 {
+            counts.merged += known - old.count(label);
+        }
         let mut referenced = old.referenced() || any_referenced(old, pages);
         if young && known != 0 {
             if referenced || rules.immediate != 0 {
-                let promoted = known - old.count(rules.youngest);
-                counts.promoted += if label == rules.youngest { 0 } else { promoted };
+                if label != rules.youngest {
+                    counts.promoted += known;
+                    counts.again += old.count(rules.previous);
+                }
                 label = rules.youngest;
             } else {
                 counts.second_chance += known;
@@ -374,6 +416,7 @@ fn observe_pages(
             counts.added += u64::from(fresh);
             counts.added_idle += u64::from((seen.fresh & !young).count_ones());
             counts.promoted += u64::from(promoted);
+            counts.again += u64::from(seen.again.count_ones());
             counts.unmapped_now += u64::from(seen.gone.count_ones());
         }
     }

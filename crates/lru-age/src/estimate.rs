@@ -1,8 +1,8 @@
 //! [`WorkingSet`]: how many pages a VM uses, and how wrong that may be (KVM row 8.3).
 //!
 //! [`WorkingSet::of`] reads what passes counted: no cost, as exact as the passes were.
-//! [`SampledWorkingSet`] looks at some blocks only: its cost is bounded however large the VM is, its
-//! error is statistical. Both give an interval, in integers.
+//! [`SampledWorkingSet`] looks at some blocks only: its cost is bounded however large the VM is,
+//! its error is statistical. Both give an interval, in integers.
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -62,42 +62,51 @@ impl WorkingSet {
     }
 
     fn read(table: &AgeTable, open: Seq, generations: u64) -> Option<Self> {
-        let mut all = Figures::default();
-        let (mut pages, mut low, mut high) = (table.pages_in(open), 0, 0);
-        for back in 1..=generations {
+        let figures = |back: u64| {
             let seq = Seq::new(open.get().checked_sub(back)?);
-            let figures = table.figures(seq.generation());
-            if figures.passes == 0 {
-                return None;
-            }
-            let one = Self::of_pass(&figures);
-            low = one.low.max(low);
-            high = one.high.max(high);
-            pages += table.pages_in(seq);
-            all.marked += figures.marked;
-            all.added_idle += figures.added_idle;
-            all.excess += figures.excess;
-            all.lost += figures.lost;
-            all.unknown += figures.unknown;
-            if generations == 1 {
-                return Some(one);
-            }
+            Some(table.figures(seq.generation())).filter(|figures| figures.passes != 0)
+        };
+        let last = figures(1)?;
+        if generations == 1 {
+            return Some(Self::of_pass(&last));
         }
-        let last = table.figures(Seq::new(open.get() - 1).generation());
-        let used = pages.saturating_sub(all.added_idle);
-        let low = low.max(used.saturating_sub(all.excess + all.lost));
-        let high = high.max(pages + all.marked + all.unknown);
-        let guess = used + last.marked;
-        Some(Self { pages: guess.clamp(low, high), low, high })
+        figures(2).map(|before| Self::of_two(&before, &last))
     }
 
-    /// What one pass saw.
+    /// What one pass saw, and what others saw before it.
     const fn of_pass(figures: &Figures) -> Self {
+        let pages = figures.young.saturating_add(figures.heard);
         Self {
-            pages: figures.young,
+            pages,
             low: figures.young.saturating_sub(figures.excess).saturating_sub(figures.lost),
-            high: figures.young.saturating_add(figures.unknown),
+            high: pages.saturating_add(figures.unknown),
         }
+    }
+
+    /// The union of what two passes in a row saw: the sum less what both did.
+    ///
+    /// A page that the second promoted from the first one's generation is in both. Those that the
+    /// first merely marked stayed in an older generation; of pages that came back from there, some
+    /// were marked. How many is the one thing not known; the guess is that marked pages were used
+    /// again as often as the others of the first pass.
+    fn of_two(before: &Figures, last: &Figures) -> Self {
+        let [first, second] = [before, last].map(Self::of_pass);
+        let sum = before.young.saturating_add(last.young);
+        let most = before.marked.min(last.returned);
+        let known = before.young.max(before.marked);
+        let rate = last.again.saturating_add(most).min(known);
+        let guess = wide_share(before.marked, rate, known).min(most);
+        // Pages may have come into the first one's generation without a use.
+        let surely = last.again.saturating_sub(before.idle);
+        let heard = before.heard.saturating_add(last.heard);
+        let unknown = before.unknown.saturating_add(last.unknown);
+        let wrong = [before.excess, last.excess, before.lost, last.lost];
+        let wrong = wrong.into_iter().fold(last.again.saturating_add(most), u64::saturating_add);
+        let low = sum.saturating_sub(wrong).max(first.low).max(second.low);
+        let high = sum.saturating_sub(surely).saturating_add(heard).saturating_add(unknown);
+        let high = high.max(first.high).max(second.high);
+        let pages = sum.saturating_sub(last.again).saturating_sub(guess).saturating_add(heard);
+        Self { pages: pages.clamp(low, high), low, high }
     }
 
     /// The larger distance from the guess to an end of the interval, in percent of the guess,

@@ -12,7 +12,7 @@
 
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index};
 use mmu_core::sync::AtomicU64;
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, CountOnly};
+use mmu_core::traits::{AgeAnswer, AgeRange};
 
 use crate::r#gen::{ACTIVE_GENS, GenWindow, Seq};
 use crate::index::Map;
@@ -53,24 +53,21 @@ pub enum Recheck {
 
 impl Candidate {
     /// Ask the MMU whether the candidate is still cold. Nothing is written
-    /// ([`AgeMode::Test`]); an entry that changes meanwhile counts as young.
+    /// ([`AgeMode::Test`](mmu_core::traits::AgeMode::Test)); an entry that changes meanwhile counts
+    /// as young.
     pub fn recheck<M: AgeRange>(&self, mmu: &M, reader: &mut M::Reader) -> Recheck {
-        let mut total = AgeReport::empty(self.range.start);
-        while total.next < self.range.end {
-            let range = GfnRange::new(total.next, self.range.end);
-            let request = AgeRequest::new(range, AgeMode::Test);
-            let slice = mmu.age(reader, request, &mut CountOnly);
-            // An MMU without progress said all that it will say.
-            let stuck = slice.next <= range.start;
-            total = total.merge(slice);
-            if stuck || total.young != 0 || total.lost != 0 {
-                break;
-            }
-        }
-        match total {
-            AgeReport { young: 0, lost: 0, mapped: 0, .. } => Recheck::Unmapped,
-            AgeReport { young: 0, lost: 0, .. } => Recheck::Cold,
-            _ => Recheck::Young,
+        Recheck::of(mmu.test_age(reader, self.range))
+    }
+}
+
+impl Recheck {
+    /// What follows from an MMU's answer about all pages of a candidate.
+    pub(crate) const fn of(answer: AgeAnswer) -> Self {
+        match answer {
+            AgeAnswer::Old => Self::Cold,
+            AgeAnswer::Unmapped => Self::Unmapped,
+            // What could not be told is not taken away.
+            AgeAnswer::Young | AgeAnswer::Unknown => Self::Young,
         }
     }
 }

@@ -15,8 +15,14 @@ pub(crate) struct Figures {
     pub(crate) young: u64,
     /// Used, and only marked: they stayed in their generation.
     pub(crate) marked: u64,
-    /// New and not used: prefetched.
-    pub(crate) added_idle: u64,
+    /// In the youngest generation without a use: new ones, and neighbours under a huge leaf.
+    pub(crate) idle: u64,
+    /// Promoted from the generation before.
+    pub(crate) again: u64,
+    /// Promoted from an older one.
+    pub(crate) returned: u64,
+    /// Found used since the pass before, outside of passes.
+    pub(crate) heard: u64,
     /// `young` less the number of young leaves: what huge leaves may exaggerate.
     pub(crate) excess: u64,
     /// Leaves that count as young because they changed under the MMU's hands.
@@ -31,7 +37,7 @@ pub(crate) struct Figures {
     pub(crate) passes: u64,
 }
 
-const FIELDS: usize = 10;
+const FIELDS: usize = 13;
 
 impl Figures {
     const fn to_words(self) -> [u64; FIELDS] {
@@ -39,7 +45,10 @@ impl Figures {
             self.mapped,
             self.young,
             self.marked,
-            self.added_idle,
+            self.idle,
+            self.again,
+            self.returned,
+            self.heard,
             self.excess,
             self.lost,
             self.unknown,
@@ -50,9 +59,23 @@ impl Figures {
     }
 
     const fn from_words(words: [u64; FIELDS]) -> Self {
-        let [mapped, young, marked, added_idle, excess, lost, unknown, found, dense, passes] =
-            words;
-        Self { mapped, young, marked, added_idle, excess, lost, unknown, found, dense, passes }
+        let [mapped, young, marked, idle, again, returned, rest @ ..] = words;
+        let [heard, excess, lost, unknown, found, dense, passes] = rest;
+        Self {
+            mapped,
+            young,
+            marked,
+            idle,
+            again,
+            returned,
+            heard,
+            excess,
+            lost,
+            unknown,
+            found,
+            dense,
+            passes,
+        }
     }
 }
 
@@ -85,9 +108,9 @@ mod tests {
     fn figures_come_back_as_they_were_stored() {
         let cell = FiguresCell::default();
         assert_eq!(cell.load(), Figures::default());
-        let figures = Figures::from_words([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+        let figures = Figures::from_words([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]);
         cell.store(figures);
         assert_eq!(cell.load(), figures);
-        assert_eq!((figures.mapped, figures.passes), (1, 10));
+        assert_eq!((figures.mapped, figures.excess, figures.passes), (1, 8, 13));
     }
 }

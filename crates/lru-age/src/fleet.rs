@@ -1,10 +1,10 @@
 //! [`Fleet`]: whose turn it is, when many VMs share one aging or evicting thread (KVM row 5.34).
 //!
 //! Three generations of eight bins of VMs. Turns are taken from the oldest generation, from a bin
-//! chosen at random on; who has done its share goes to the youngest, who has not goes to the end of
-//! its bin. A generation is over when its bins are empty, so nobody starts a second round while
-//! another waits for its first; the random start keeps several threads, each with its own fleet of
-//! the same VMs, from meeting at the same one.
+//! chosen at random on; who has done its share goes to the youngest, who has not waits behind all
+//! that are left of this one. A generation is over when its bins are empty, so nobody starts a
+//! second round while another waits for its first; the random start keeps several threads, each
+//! with its own fleet of the same VMs, from meeting at the same one.
 //!
 //! A turn is worth so many table entries, more for who weighs more; what a turn did not use or used
 //! too much counts in the next. One owner, no lock, nothing allocated after [`Fleet::new`].
@@ -45,7 +45,7 @@ pub struct Turn {
 /// How a turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// There is more to do in this round: back to the end of its bin (upstream's TAIL).
+    /// There is more to do in this round: it waits behind all others of it (upstream's TAIL).
     More,
     /// Its round is done, or there is nothing to gain: to the youngest generation (YOUNG).
     Finished,
@@ -208,7 +208,8 @@ impl Fleet {
         let most = if outcome == Outcome::Finished { 0 } else { limit };
         member.carry = left.clamp(-limit, most);
         match outcome {
-            Outcome::More => self.push(turn.vm, list(seq, at), End::Tail),
+            // The bin before this one is the last that turns come to.
+            Outcome::More => self.push(turn.vm, list(seq, (at + BINS - 1) % BINS), End::Tail),
             Outcome::Urgent => self.push(turn.vm, list(seq, at), End::Head),
             Outcome::Leaving => self.push(turn.vm, list(seq, any), End::Tail),
             Outcome::Finished => self.push(turn.vm, list(seq + 1, any), End::Tail),

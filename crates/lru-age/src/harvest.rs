@@ -2,8 +2,8 @@
 //!
 //! Threads claim disjoint parts of the plan and collect the MMU's answers, which is where the time
 //! goes (memory that no cache holds); the holder of the pass takes what they collected in
-//! ([`AgePass::absorb`](crate::AgePass::absorb)), part by part in any order. The table keeps its one
-//! editor, and every order gives the same result as one thread.
+//! ([`AgePass::absorb`](crate::AgePass::absorb)), part by part in any order. The table keeps its
+//! one editor, and every order gives the same result as one thread.
 //!
 //! Threads and channels are the embedder's. A part whose harvest is dropped was cleared and not
 //! counted: hand it in, or look young pages up again with the next pass.
@@ -13,10 +13,10 @@ use alloc::vec::Vec;
 
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
 use mmu_core::sync::{AtomicU64, Ordering};
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeSink, MASK_WORDS};
+use mmu_core::traits::{AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS};
 
 use crate::AgeError;
-use crate::runs::ask;
+use crate::runs::ask_all;
 use crate::table::AgeTable;
 use crate::word::{BLOCK_PAGES, mask};
 
@@ -37,10 +37,19 @@ impl<'t> ScanPlan<'t> {
         Self { table, size: blocks.max(1), claimed: AtomicU64::new(0) }
     }
 
+    fn parts(&self) -> u64 {
+        self.table.regions().iter().map(|region| region.len().div_ceil(self.size)).sum()
+    }
+
     /// The next part, for the calling thread alone; `None` when all are claimed.
     pub fn claim(&self) -> Option<GfnRange> {
-        // ORDERING[age-plan]: Relaxed. Pairs with itself: each number is given out once, and what
-        // it names does not change while the plan borrows the table.
+        // ORDERING[age-plan]: Relaxed. Pairs with the fetch-add below. Once all are claimed the
+        // number stands still: a thread that asks for ever does not make it wrap.
+        if self.claimed.load(Ordering::Relaxed) >= self.parts() {
+            return None;
+        }
+        // ORDERING[age-plan]: Relaxed. Pairs with the load above and itself: each number is given
+        // out once, and what it names does not change while the plan borrows the table.
         let mut part = self.claimed.fetch_add(1, Ordering::Relaxed);
         for region in self.table.regions() {
             let parts = region.len().div_ceil(self.size);
@@ -66,8 +75,12 @@ pub struct Harvest {
 /// What was said of one block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Said {
-    /// Nothing.
+    /// Nothing: no page is mapped.
     Nothing,
+    /// Nobody walked into it.
+    Idle,
+    /// Both that and answers about pages, from several trees.
+    Mixed,
     /// Its table was read, or several answers were united.
     Table,
     /// A huge leaf maps it.
@@ -90,8 +103,12 @@ impl Row {
 
     /// One more answer.
     fn add(&mut self, said: Said, present: &[u64; MASK_WORDS], young: &[u64; MASK_WORDS]) {
-        self.said =
-            if self.said == Said::Nothing || self.said == said { said } else { Said::Table };
+        self.said = match (self.said, said) {
+            (Said::Nothing, one) => one,
+            (one, other) if one == other => one,
+            (Said::Idle | Said::Mixed, _) | (_, Said::Idle) => Said::Mixed,
+            _ => Said::Table,
+        };
         self.present.iter_mut().zip(present).for_each(|(all, more)| *all |= more);
         self.young.iter_mut().zip(young).for_each(|(all, more)| *all |= more);
     }
@@ -114,21 +131,23 @@ impl Harvest {
         Ok(Self { rows: rows.into(), range, report })
     }
 
-    /// Ask `mmu` about a part and keep the answers. What was kept before is gone. Of a part that is
+    /// Ask `mmu` about a part, as `request` says ([`AgePass::request`](crate::AgePass::request) for
+    /// the part claimed), and keep the answers. What was kept before is gone. Of a part that is
     /// longer than there is room for, the first pages are taken; returns what was.
     pub fn collect<M: AgeRange>(
         &mut self,
         mmu: &M,
         reader: &mut M::Reader,
-        part: GfnRange,
-        mode: AgeMode,
+        request: AgeRequest,
     ) -> GfnRange {
+        let part = request.range;
         let first = part.start.align_down(Level::L2);
         let room = first.saturating_add(to_u64(self.rows.len()).saturating_mul(BLOCK_PAGES));
-        self.range = GfnRange::new(part.start, part.end.min(room));
+        let range = GfnRange::new(part.start, part.end.min(room));
         self.rows.fill(Row::EMPTY);
-        let (range, mut sink) = (self.range, Collector { rows: &mut self.rows, range: self.range });
-        self.report = ask(mmu, reader, range, mode, &mut sink);
+        let mut sink = Collector { rows: &mut self.rows, range };
+        let request = request.for_range(range).with_budget(u64::MAX);
+        self.report = ask_all(mmu, reader, request, &mut sink);
         self.range = GfnRange::new(range.start, self.report.next.min(range.end));
         self.range
     }
@@ -168,6 +187,22 @@ impl Collector<'_> {
     }
 }
 
+impl Collector<'_> {
+    /// Each block of `part`, with its pages in it as a mask.
+    fn each(&mut self, part: GfnRange, mut add: impl FnMut(&mut Row, &[u64; MASK_WORDS])) {
+        let mut at = part.start;
+        while at < part.end {
+            let block = at.align_down(Level::L2);
+            let end = block.saturating_add(BLOCK_PAGES).min(part.end);
+            let pages = mask(at.distance_from(block), end.distance_from(block));
+            if let Some(row) = self.row(block) {
+                add(row, &pages);
+            }
+            at = end;
+        }
+    }
+}
+
 impl AgeSink for Collector<'_> {
     fn table(&mut self, base: Gfn, present: &[u64; MASK_WORDS], young: &[u64; MASK_WORDS]) {
         if let Some(row) = self.row(base) {
@@ -177,16 +212,17 @@ impl AgeSink for Collector<'_> {
 
     fn huge(&mut self, base: Gfn, level: Level, young: bool) {
         let part = GfnRange::entry(base, level).intersection(self.range);
-        let mut at = part.start;
-        while at < part.end {
-            let block = at.align_down(Level::L2);
-            let end = block.saturating_add(BLOCK_PAGES).min(part.end);
-            let all = mask(at.distance_from(block), end.distance_from(block));
-            if let Some(row) = self.row(block) {
-                row.add(Said::Leaf(level), &all, if young { &all } else { &NONE });
-            }
-            at = end;
-        }
+        self.each(part, |row, pages| {
+            row.add(Said::Leaf(level), pages, if young { pages } else { &NONE });
+        });
+    }
+
+    fn idle(&mut self, range: GfnRange) {
+        self.each(range.intersection(self.range), |row, _| row.add(Said::Idle, &NONE, &NONE));
+    }
+
+    fn unknown(&mut self, range: GfnRange) {
+        self.idle(range);
     }
 }
 

@@ -15,11 +15,26 @@
 //!    was reused: all count as young. Victims are checked again before they go.
 //! 6. **Nothing fails half-way.** Memory is allocated when a range is added; a pass needs none.
 //!
-//! The pieces: [`AgeTable`] keeps 4 bits per page, [`GenWindow`] says which generations exist,
-//! [`AgePass`] walks an MMU in slices and opens a generation, [`candidates`] and [`cold_blocks`]
-//! list victims, [`Histogram`] is the VM's page ages. The MMU is any
-//! [`AgeRange`](mmu_core::traits::AgeRange). The standard is KVM's multi-generational LRU over a
-//! secondary MMU, rows 5.21 to 5.38 of its behaviour.
+//! The pieces:
+//!
+//! - [`AgeTable`] keeps 4 bits per page, [`GenWindow`] says which generations exist.
+//! - [`AgePass`] walks an MMU in slices and opens a generation; [`Scan`] lets it leave out what was
+//!   not worth a look, [`ScanPlan`] lets several threads ask for it.
+//! - [`candidates`], [`cold_blocks`] and [`cold_ranges`] list what is old.
+//!   [`AgeEditor::evict`] takes it away: checked once more, with a look-around, by an
+//!   [`EvictPolicy`]. [`Refaults`] knows what came back, and how soon.
+//! - [`Histogram`] is the VM's page ages, [`WorkingSet`] what it uses, with an error bound;
+//!   [`write_lru_gen`] and [`run`] speak the kernel's text form.
+//! - [`Fleet`] gives turns to many VMs. [`IdleBitmap`] and [`RegionSampler`] serve who wants
+//!   accessed bits without generations.
+//!
+//! The MMU is any [`AgeRange`](mmu_core::traits::AgeRange); how it takes part is its own to say at
+//! run time ([`Participation`]). The standard is KVM's multi-generational LRU over a secondary MMU,
+//! rows 5.19 to 5.41 of its behaviour.
+//!
+//! Memory is allocated where something is built: 0.52 bytes per 4 KiB page of a range, 8 KiB for
+//! filters, 8 bytes per remembered eviction, 1 bit per page of an idle bitmap. There are no
+//! floating point numbers.
 //!
 //! # Example
 //!
@@ -141,12 +156,14 @@ pub use r#gen::{ACTIVE_GENS, GenWindow, Generation, MAX_NR_GENS, MIN_NR_GENS, Se
 pub use harvest::{Harvest, ScanPlan};
 pub use idle::IdleBitmap;
 pub use kind::{Kind, Tier};
-pub use lookaround::{LookAround, LookOptions, Reach, WINDOW_PAGES, is_dense, window_around};
+pub use lookaround::{
+    LookAround, LookOptions, Participation, WINDOW_PAGES, is_dense, window_around,
+};
 pub use pass::{
-    AgePass, Gaps, PassCounts, PassOptions, PassProgress, PassReport, PausedPass, Scan,
+    AgePass, PassCounts, PassOptions, PassProgress, PassReport, PausedPass, Scan, SlowMmu,
 };
 pub use policy::{EvictPolicy, POLICY_BATCH, PidPolicy, Plain, Swappiness};
-pub use reclaim::{EvictEnd, EvictOptions, EvictReport, Participation, Take, Unit};
+pub use reclaim::{EvictEnd, EvictOptions, EvictReport, Take, Unit};
 pub use refault::{Refault, RefaultCounts, Refaults};
 pub use runs::{Heard, Unheard};
 pub use sampler::{RegionSampler, SampledRegion, SamplerLimits};

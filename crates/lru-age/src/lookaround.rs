@@ -6,15 +6,15 @@
 //! written down for the next filtered pass ([`crate::Scan`]): the evictor feeds the aging.
 //!
 //! The caller holds the editor, so the table is not contended; an MMU that cannot answer fast is
-//! asked about the candidate alone ([`Reach::Victim`]).
+//! asked about the candidate alone ([`Participation`]).
 
 use mmu_core::addr::{Gfn, GfnRange, Level};
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest};
+use mmu_core::traits::{AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest};
 
 use crate::editor::{AgeEditor, Promotion};
 use crate::evict::{Candidate, Recheck};
 use crate::observer::{Found, Observer, Taking};
-use crate::pass::{Gaps, PassCounts};
+use crate::pass::PassCounts;
 
 /// Pages that a look-around takes in at most.
 #[doc(alias = "MIN_LRU_BATCH")]
@@ -49,13 +49,23 @@ pub fn window_around(gfn: Gfn, bounds: GfnRange) -> GfnRange {
     GfnRange::from_len(Gfn::new(start), WINDOW_PAGES)
 }
 
-/// How far a check of a candidate may look.
+/// How an MMU takes part (KVM rows 5.17, 5.37): by what it can do at this moment, not by
+/// configuration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reach {
-    /// At the candidate only: the MMU answers slowly.
-    Victim,
-    /// Around it, when it was used.
-    Window,
+pub enum Participation {
+    /// It answers fast: it is asked by passes, and around candidates.
+    AgingAndLookAround,
+    /// It does not: it is asked about candidates only, before they go.
+    EvictionOnly,
+}
+
+impl Participation {
+    /// How `mmu` takes part now.
+    #[must_use]
+    pub fn of<M: AgeRange>(mmu: &M) -> Self {
+        let fast = mmu.abilities().contains(AgeAbilities::FAST);
+        if fast { Self::AgingAndLookAround } else { Self::EvictionOnly }
+    }
 }
 
 /// What a check of a candidate found.
@@ -77,14 +87,11 @@ pub struct LookOptions {
     pub mode: AgeMode,
     /// What a use earns.
     pub promotion: Promotion,
-    /// How far to look.
-    pub reach: Reach,
 }
 
 impl LookOptions {
-    /// Clear without a flush, second chance, look around.
-    pub const DEFAULT: Self =
-        Self { mode: AgeMode::Clear, promotion: Promotion::SecondChance, reach: Reach::Window };
+    /// Clear without a flush, second chance.
+    pub const DEFAULT: Self = Self { mode: AgeMode::Clear, promotion: Promotion::SecondChance };
 }
 
 impl AgeEditor<'_> {
@@ -101,22 +108,20 @@ impl AgeEditor<'_> {
         let mut found = Found::default();
         let victim = self.take_in(candidate.range, mmu, reader, options, &mut found);
         let nothing = GfnRange::new(candidate.range.start, candidate.range.start);
-        let verdict = match victim {
-            AgeReport { young: 0, lost: 0, mapped: 0, .. } => Recheck::Unmapped,
-            AgeReport { young: 0, lost: 0, .. } => Recheck::Cold,
-            _ => Recheck::Young,
-        };
-        if verdict == Recheck::Unmapped {
-            found.counts.unmapped_now += self.forget(candidate.range);
+        let verdict = Recheck::of(victim.answer());
+        if verdict == Recheck::Young && candidate.level == Level::L3 {
+            self.share(candidate.range, self.rules(options.promotion), &mut found.counts);
         }
-        let alone = candidate.range.len() != 1 || options.reach == Reach::Victim;
-        if verdict != Recheck::Young || alone {
+        self.table().hear(found.counts.young);
+        let slow = Participation::of(mmu) == Participation::EvictionOnly;
+        if verdict != Recheck::Young || candidate.range.len() != 1 || slow {
             return LookAround { verdict, window: nothing, counts: found.counts };
         }
         let gfn = candidate.range.start;
         let bounds = self.table().region_at(gfn).map_or(candidate.range, |r| r.range());
         let window = window_around(gfn, bounds);
         let around = self.take_in(window, mmu, reader, options, &mut found);
+        self.table().hear(around.young);
         // The candidate itself is old by now, and was young.
         if is_dense(around.young + victim.young, window.len()) {
             self.table().note(gfn);
@@ -124,7 +129,7 @@ impl AgeEditor<'_> {
         LookAround { verdict, window, counts: found.counts }
     }
 
-    /// Ask about `range` and take the answers in. What the MMU is silent about stays as it is.
+    /// Ask about `range` and take the answers in.
     fn take_in<M: AgeRange>(
         &self,
         range: GfnRange,
@@ -136,18 +141,17 @@ impl AgeEditor<'_> {
         let mut total = AgeReport::empty(range.start);
         let table = self.table();
         let Some(region) = table.region_at(range.start) else { return total };
-        let next_filter = table.window().max_seq();
-        let how = Taking { promotion: options.promotion, gaps: Gaps::Unknown, next_filter };
+        let how = Taking { promotion: options.promotion, next_filter: None };
         for _ in 0..MAX_CALLS {
             let rest = GfnRange::new(total.next, range.end);
             if rest.is_empty() {
                 break;
             }
-            let request = AgeRequest::new(rest, options.mode);
-            let slice =
-                mmu.age(reader, request, &mut Observer::new(self, region, rest, how, found));
-            found.add(&slice);
+            let mut sink = Observer::new(self, region, rest, how, found);
+            let slice = mmu.age(reader, AgeRequest::new(rest, options.mode), &mut sink);
             let stuck = slice.next <= rest.start;
+            sink.gap(slice.next.clamp(rest.start, rest.end));
+            found.add(&slice);
             total = total.merge(slice);
             if stuck {
                 break;

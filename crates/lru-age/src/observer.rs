@@ -1,8 +1,8 @@
 //! [`Observer`]: takes the answers of an MMU into a table, as they come.
 //!
-//! What a pass, a look-around and a thread's harvest have in common: masks of tables and huge leaves
-//! in ascending order, gaps between them, and a second tree that maps the same pages. Nothing is
-//! buffered. The caller holds the editor.
+//! What a pass, a look-around and a thread's harvest have in common: masks of tables and huge
+//! leaves in ascending order, gaps between them, and a second tree that maps the same pages.
+//! Nothing is buffered. The caller holds the editor.
 
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::traits::{AgeReport, AgeSink, MASK_WORDS};
@@ -12,7 +12,7 @@ use crate::figures::Figures;
 use crate::r#gen::Seq;
 use crate::harvest::{Harvest, Said};
 use crate::lookaround::is_dense;
-use crate::pass::{Gaps, PassCounts};
+use crate::pass::PassCounts;
 use crate::region::Region;
 use crate::word::{BLOCK_PAGES, FULL, Rules, is_empty, mask};
 
@@ -30,6 +30,7 @@ impl Found {
         self.counts.young += report.young;
         self.counts.entries += report.entries;
         self.counts.lost += report.lost;
+        self.counts.idle += report.idle;
     }
 
     /// The figures of a pass that ends now, with `tracked` pages known.
@@ -38,9 +39,11 @@ impl Found {
             mapped: self.counts.mapped,
             young: self.counts.young,
             marked: self.counts.second_chance,
-            added_idle: self.counts.added_idle,
+            idle: self.counts.added_idle + self.counts.merged,
+            again: self.counts.again,
+            returned: self.counts.promoted - self.counts.again,
             lost: self.counts.lost,
-            unknown: if complete { self.figures.unknown } else { tracked },
+            unknown: if complete { self.counts.unknown } else { tracked },
             passes: 1,
             ..self.figures
         }
@@ -51,9 +54,8 @@ impl Found {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Taking {
     pub(crate) promotion: Promotion,
-    pub(crate) gaps: Gaps,
-    /// The generation whose filter gets to know of dense tables.
-    pub(crate) next_filter: Seq,
+    /// The generation whose filter gets to know of dense tables; `None` for a part of a table.
+    pub(crate) next_filter: Option<Seq>,
 }
 
 /// Takes in the answers of one slice.
@@ -84,7 +86,7 @@ impl<'a, 't> Observer<'a, 't> {
     /// Nothing was reported from the cursor up to `to`.
     #[inline]
     pub(crate) fn gap(&mut self, to: Gfn) {
-        if self.how.gaps == Gaps::Unmapped && self.cursor < to {
+        if self.cursor < to {
             let range = GfnRange::new(self.cursor, to).intersection(self.range);
             self.editor.unmapped(self.region, range, &mut self.found.counts);
         }
@@ -95,12 +97,12 @@ impl<'a, 't> Observer<'a, 't> {
     #[inline]
     fn rate(&mut self, part: GfnRange, young: &[u64; MASK_WORDS]) {
         let table = self.editor.table();
-        let Some(filters) = table.filters() else { return };
+        let Some((filters, next)) = table.filters().zip(self.how.next_filter) else { return };
         let seq = table.window().max_seq();
         self.found.figures.found += u64::from(filters.contains(seq, part.start));
         let used = young.iter().map(|word| u64::from(word.count_ones())).sum();
         if is_dense(used, part.len()) {
-            filters.add(self.how.next_filter, part.start);
+            filters.add(next, part.start);
             self.found.figures.dense += 1;
         }
     }
@@ -159,6 +161,11 @@ impl<'a, 't> Observer<'a, 't> {
         for (part, row) in harvest.rows() {
             match row.said {
                 Said::Nothing => {}
+                Said::Idle => self.idle(part),
+                Said::Mixed => {
+                    self.idle(part);
+                    self.again(part.start.align_down(Level::L2), &row.present, &row.young);
+                }
                 Said::Table => {
                     self.table(part.start.align_down(Level::L2), &row.present, &row.young);
                 }
@@ -192,7 +199,7 @@ impl AgeSink for Observer<'_, '_> {
     /// As old as they were: neither unmapped nor used.
     fn idle(&mut self, range: GfnRange) {
         self.gap(range.start);
-        self.cursor = self.cursor.max(range.end);
+        self.cursor = self.cursor.max(range.end.min(self.range.end));
     }
 
     fn unknown(&mut self, range: GfnRange) {

@@ -11,7 +11,7 @@
 use core::num::NonZeroU64;
 
 use mmu_core::addr::{Gfn, GfnRange};
-use mmu_core::traits::{AgeMode, AgeRange, AgeRequest};
+use mmu_core::traits::{AgeAbilities, AgeMode, AgeRange, AgeRequest, UpperBits};
 
 use crate::editor::{AgeEditor, Promotion};
 use crate::error::AgeError;
@@ -24,16 +24,17 @@ use crate::summary;
 use crate::table::AgeTable;
 use crate::word::BLOCK_PAGES;
 
-/// What it means that an MMU reported nothing for a part of a slice.
+/// What a pass does with an MMU that cannot answer fast
+/// ([`AgeAbilities::FAST`](mmu_core::traits::AgeAbilities::FAST), KVM rows 5.17, 5.37).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Gaps {
-    /// Nothing is mapped there: tracked pages drop out. For MMUs that report every leaf.
+pub enum SlowMmu {
+    /// Nothing: it is asked when a candidate is checked before it goes, and its pages count as
+    /// unknown. The table then knows only the pages that it is told of
+    /// ([`AgeEditor::insert`]).
     #[default]
-    Unmapped,
-    /// Nothing is known: pages stay as they are. For MMUs that skip subtrees which nobody used
-    /// (non-leaf accessed bits). Zaps must then be told through [`AgeEditor::forget`], or show when
-    /// a candidate is checked again ([`Candidate::recheck`](crate::Candidate::recheck)).
-    Unknown,
+    Leave,
+    /// It is asked like any other.
+    Ask,
 }
 
 /// What a pass looks at (KVM rows 5.26, 5.29).
@@ -49,8 +50,9 @@ pub enum Scan {
     /// look-around found many used pages, and noted ones; also blocks of huge leaves, and those of
     /// which nothing is known. Everything while there are no filters.
     Filtered,
-    /// The same, but everything when the number of the youngest generation is a multiple of this:
-    /// bounds how long a page that a filter missed stays unseen.
+    /// The same, but everything when the number of the youngest generation is a multiple of this,
+    /// and then the accessed bits of upper entries are not asked either: bounds how long a page
+    /// stays unseen that a filter missed, or that caches of upper entries hid.
     FullEvery(NonZeroU64),
 }
 
@@ -72,18 +74,28 @@ pub struct PassOptions {
     pub mode: AgeMode,
     /// What an access earns.
     pub promotion: Promotion,
-    /// What silence means.
-    pub gaps: Gaps,
     /// What is looked at.
     pub scan: Scan,
+    /// May the MMU leave out what nobody walked into? Then every pass wants a flush
+    /// ([`AgePass::flush`]), else nothing is left out.
+    pub upper: UpperBits,
+    /// What happens when the MMU answers slowly.
+    pub slow: SlowMmu,
 }
 
 impl PassOptions {
-    /// Second chance, gaps unmapped, everything looked at.
+    /// The question of the pass at `seq` about `range`.
+    pub(crate) const fn request(&self, range: GfnRange, seq: Seq) -> AgeRequest {
+        let full = matches!(self.scan, Scan::FullEvery(_)) && !self.scan.is_filtered(seq);
+        let upper = if full { UpperBits::Ignore } else { self.upper };
+        AgeRequest::new(range, self.mode).with_upper(upper)
+    }
+
+    /// Second chance, everything looked at, slow MMUs left alone.
     #[must_use]
     pub const fn new(mode: AgeMode) -> Self {
-        let (promotion, gaps) = (Promotion::SecondChance, Gaps::Unmapped);
-        Self { mode, promotion, gaps, scan: Scan::Full }
+        let (promotion, scan) = (Promotion::SecondChance, Scan::Full);
+        Self { mode, promotion, scan, upper: UpperBits::Ignore, slow: SlowMmu::Leave }
     }
 }
 
@@ -96,18 +108,26 @@ pub struct PassCounts {
     pub young: u64,
     /// Moved to the youngest generation from an older one.
     pub promoted: u64,
+    /// Of these, from the generation before: used in two intervals in a row.
+    pub again: u64,
     /// Used, and only marked referenced: the next access promotes them.
     pub second_chance: u64,
     /// New: tracked from now on, in the youngest generation.
     pub added: u64,
     /// Of these, not used yet: prefetched, or their accessed bit was cleared meanwhile.
     pub added_idle: u64,
+    /// Not used, and as young as the youngest page of their block since a huge leaf maps it.
+    pub merged: u64,
     /// No longer mapped: dropped out of the counts.
     pub unmapped_now: u64,
     /// Table entries that the MMU read: what the pass cost.
     pub entries: u64,
     /// Leaves, not pages, that changed under the MMU's hands; they count as young.
     pub lost: u64,
+    /// gfns that the MMU left out, mapped or not, because nobody walked into what maps them.
+    pub idle: u64,
+    /// Tracked pages that were not asked for: left out by a filter, or the MMU is slow.
+    pub unknown: u64,
 }
 
 /// Where a pass stands after a step.
@@ -170,8 +190,7 @@ pub struct PausedPass {
 impl PausedPass {
     /// How its answers are taken in: dense tables are for the next pass.
     const fn taking(&self) -> Taking {
-        let PassOptions { promotion, gaps, .. } = self.options;
-        Taking { promotion, gaps, next_filter: self.seq.next() }
+        Taking { promotion: self.options.promotion, next_filter: Some(self.seq.next()) }
     }
 
     /// Go on with the pass. Ranges added behind its position wait for the next pass.
@@ -236,12 +255,19 @@ impl<'t> AgePass<'t> {
     ) -> PassProgress {
         let table = self.editor.table();
         let budget = budget_entries.max(1);
+        let slow = !mmu.abilities().contains(AgeAbilities::FAST);
+        let left_alone = slow && self.state.options.slow == SlowMmu::Leave;
         let mut spent = 0;
         while spent < budget {
             let Some(region) = table.regions().get(table.position(self.state.cursor)) else {
                 break;
             };
             let start = self.state.cursor.max(region.range().start);
+            if left_alone {
+                self.state.found.counts.unknown += region.tracked_from(start);
+                self.state.cursor = region.range().end;
+                continue;
+            }
             let run = self.next_run(region, start, budget - spent);
             // Even what is left out costs something, so the budget bounds the blocks visited too.
             spent += run.left_out;
@@ -271,7 +297,7 @@ impl<'t> AgePass<'t> {
         while at < end && left_out < budget && !table.is_wanted(region, region.block_of(at), seq) {
             let known = region.block(region.block_of(at));
             let pages = known.map_or(0, |(cell, _)| summary::load_own(cell).total());
-            self.state.found.figures.unknown += pages;
+            self.state.found.counts.unknown += pages;
             left_out += 1;
             at = region.base_of(region.block_of(at)).saturating_add(BLOCK_PAGES).min(end);
         }
@@ -302,8 +328,8 @@ impl<'t> AgePass<'t> {
         let how = self.state.taking();
         let found = &mut self.state.found;
         let mut sink = Observer::new(&self.editor, region, range, how, found);
-        let report =
-            mmu.age(reader, AgeRequest::new(range, options.mode).with_budget(budget), &mut sink);
+        let request = options.request(range, self.state.seq).with_budget(budget);
+        let report = mmu.age(reader, request, &mut sink);
         let next = report.next.clamp(range.start, range.end);
         sink.gap(next);
         self.state.found.add(&report);
@@ -335,6 +361,14 @@ impl<'t> AgePass<'t> {
         }
     }
 
+    /// The question that this pass asks, without a range yet: for threads that ask about parts
+    /// ([`ScanPlan`](crate::ScanPlan)).
+    #[must_use]
+    pub const fn request(&self) -> AgeRequest {
+        let nothing = GfnRange::new(Gfn::new(0), Gfn::new(0));
+        self.state.options.request(nothing, self.state.seq)
+    }
+
     /// Take in what a thread collected of a part ([`ScanPlan`](crate::ScanPlan)), in any order,
     /// each part once. The pass is complete when all parts were; do not mix with
     /// [`step`](Self::step). Parts outside the table's ranges are ignored.
@@ -349,6 +383,16 @@ impl<'t> AgePass<'t> {
         Observer::new(&self.editor, region, range, how, found).replay(harvest);
         self.state.found.add(harvest.report());
         self.state.absorbed += range.len();
+    }
+
+    /// Flush what the pass cleared, complete on return: TLBs hide no later access, and upper
+    /// entries that were cleared are believed in the next pass. For passes in [`AgeMode::Clear`],
+    /// once, when everything was looked at; what was used between its clearing and now may be
+    /// missed.
+    pub fn flush<M: AgeRange>(&self, mmu: &M, reader: &mut M::Reader) {
+        for range in self.editor.table().ranges() {
+            mmu.flush_aged(reader, range);
+        }
     }
 
     /// The editor that the pass holds, for look-arounds and zaps between its steps.
@@ -373,7 +417,9 @@ impl<'t> AgePass<'t> {
         let complete = self.progress().next.is_none();
         let PausedPass { found, seq, .. } = self.state;
         let table = self.editor.table();
-        table.set_figures(seq.generation(), found.of_pass(complete, table.tracked_pages()));
+        let figures = found.of_pass(complete, table.tracked_pages());
+        let heard = table.take_heard();
+        table.set_figures(seq.generation(), Figures { heard, ..figures });
         // `start` refused a table whose numbers are exhausted, and only this pass moves the window.
         let folded = self.editor.open_generation(now_ms).unwrap_or(0);
         let window = table.window();

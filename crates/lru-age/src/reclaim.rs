@@ -6,13 +6,13 @@
 //! look-around)? Only then the embedder is asked, and what it answers is recorded. The editor is
 //! held meanwhile: no pass runs, faults are not hindered.
 
-use mmu_core::traits::{AgeMode, AgeRange};
+use mmu_core::traits::AgeRange;
 
 use crate::editor::{AgeEditor, Promotion};
 use crate::evict::{Candidate, Candidates, ColdBlocks, Recheck, candidates_of, cold_blocks_of};
 use crate::r#gen::Seq;
 use crate::kind::{KINDS, Kind};
-use crate::lookaround::{LookOptions, Reach};
+use crate::lookaround::{LookOptions, Participation};
 use crate::policy::{EvictPolicy, POLICY_BATCH};
 use crate::table::AgeTable;
 
@@ -110,6 +110,8 @@ pub struct EvictReport {
     pub kept: u64,
     /// Candidates, of one or more pages, that were looked at.
     pub checks: u64,
+    /// How the MMU took part when it began: with look-arounds or without.
+    pub participation: Participation,
     /// Why it ended.
     pub end: EvictEnd,
 }
@@ -157,8 +159,12 @@ impl AgeEditor<'_> {
     ) -> EvictReport {
         let table = self.table();
         let mut supplies = Kind::ALL.map(|kind| Supply::new(table, options.unit, kind));
-        let mut run =
-            Run { options, report: EvictReport::new(), dry: [false; KINDS], last: [None; KINDS] };
+        let mut run = Run {
+            options,
+            report: EvictReport::new(Participation::of(mmu)),
+            dry: [false; KINDS],
+            last: [None; KINDS],
+        };
         let mut turn = Turn { kind: Kind::Anon, left: 0 };
         loop {
             let Some(kind) = run.next_kind(&mut turn, policy) else { return run.report };
@@ -224,8 +230,9 @@ struct Run<'o> {
 }
 
 impl EvictReport {
-    const fn new() -> Self {
+    const fn new(participation: Participation) -> Self {
         Self {
+            participation,
             evicted: 0,
             young: 0,
             promoted: 0,
@@ -274,26 +281,5 @@ impl Run<'_> {
             return false;
         }
         true
-    }
-}
-
-/// How an MMU takes part (KVM rows 5.17, 5.37): by what it can do, not by configuration.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Participation {
-    /// It answers fast: it is asked by passes, and around candidates.
-    AgingAndLookAround,
-    /// It does not: it is asked about candidates only, and passes leave it alone.
-    EvictionOnly,
-}
-
-impl Participation {
-    /// How to check candidates.
-    #[must_use]
-    pub const fn look(self, mode: AgeMode, promotion: Promotion) -> LookOptions {
-        let reach = match self {
-            Self::AgingAndLookAround => Reach::Window,
-            Self::EvictionOnly => Reach::Victim,
-        };
-        LookOptions { mode, promotion, reach }
     }
 }

@@ -4,9 +4,9 @@
 //! evicted page, and in which generation. A page that returns while its generation would still be
 //! in the window, or before more pages were evicted than are in use, should have stayed.
 //!
-//! Memory is fixed: one word per entry, eight entries in a bucket, the oldest of a full bucket goes.
-//! Entries are written by who evicts and taken by who faults, from any thread, without a lock; each
-//! is taken once.
+//! Memory is fixed: one word per entry, eight entries in a bucket, the oldest of a full bucket
+//! goes. Entries are written by who evicts and taken by who faults, from any thread, without a
+//! lock; each is taken once.
 
 use alloc::boxed::Box;
 
@@ -166,9 +166,10 @@ impl Refaults {
             (rank, cell)
         });
         if let Some((_, cell)) = ages.max_by_key(|&(rank, _)| rank) {
-            // ORDERING[age-refault]: Release. Pairs with AcqRel in `take`. Publishes: what the
-            // evictor did to the page before.
-            cell.store(entry, Ordering::Release);
+            // ORDERING[age-refault]: AcqRel. Pairs with Acquire in `take`. Publishes: what the
+            // evictor did to the page before. An exchange and not a store: it comes before or after
+            // a taking of the entry that it replaces, and is itself not taken back by it.
+            let _ = cell.swap(entry, Ordering::AcqRel);
         }
     }
 
@@ -255,13 +256,13 @@ impl Refaults {
 
 /// Take the entry of `tag` out of its cell.
 fn take(cell: &AtomicU64, tag: u64) -> Option<u64> {
-    // ORDERING[age-refault]: Acquire. Pairs with Release in `evicted`. What the evictor did to the
+    // ORDERING[age-refault]: Acquire. Pairs with AcqRel in `evicted`. What the evictor did to the
     // page is visible to who takes its entry.
     let word = cell.load(Ordering::Acquire);
     if word & VALID == 0 || word >> TAG_SHIFT != tag {
         return None;
     }
-    // ORDERING[age-refault]: AcqRel. Pairs with Release in `evicted` and with itself: of two faults
+    // ORDERING[age-refault]: AcqRel. Pairs with AcqRel in `evicted` and with itself: of two faults
     // one gets the entry.
     cell.compare_exchange(word, 0, Ordering::AcqRel, Ordering::Relaxed).ok()
 }

@@ -10,6 +10,7 @@ use mmu_core::sync::AtomicU64;
 
 use crate::index::BlockIndex;
 use crate::kind::Kind;
+use crate::summary;
 use crate::word::{BLOCK_PAGES, Block, Mask, mask};
 
 /// Bytes of the words of one block.
@@ -82,6 +83,13 @@ impl Region {
     pub(crate) fn block(&self, block: u64) -> Option<(&AtomicU64, &Block)> {
         let at = to_index(block);
         self.summaries.get(at).zip(self.blocks.get(at))
+    }
+
+    /// Tracked pages of the blocks from that of `gfn` on, for the holder of the editor.
+    pub(crate) fn tracked_from(&self, gfn: Gfn) -> u64 {
+        let first = to_index(self.block_of(gfn));
+        let rest = self.summaries.get(first..).unwrap_or_default();
+        rest.iter().map(|cell| summary::load_own(cell).total()).sum()
     }
 
     /// The pages of a block that lie in `range`, itself inside the region's.

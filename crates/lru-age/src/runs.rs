@@ -41,13 +41,24 @@ pub(crate) fn ask<M: AgeRange, S: AgeSink>(
     mode: AgeMode,
     sink: &mut S,
 ) -> AgeReport {
+    ask_all(mmu, reader, AgeRequest::new(range, mode), sink)
+}
+
+/// Ask the whole of `request`, in as many calls as the MMU needs.
+pub(crate) fn ask_all<M: AgeRange, S: AgeSink>(
+    mmu: &M,
+    reader: &mut M::Reader,
+    request: AgeRequest,
+    sink: &mut S,
+) -> AgeReport {
+    let range = request.range;
     let mut total = AgeReport::empty(range.start);
     for _ in 0..MAX_CALLS {
         let rest = GfnRange::new(total.next, range.end);
         if rest.is_empty() {
             break;
         }
-        let slice = mmu.age(reader, AgeRequest::new(rest, mode), sink);
+        let slice = mmu.age(reader, request.for_range(rest), sink);
         // An MMU without progress said all that it will say.
         let stuck = slice.next <= rest.start;
         total = total.merge(slice);

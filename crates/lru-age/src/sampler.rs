@@ -94,8 +94,8 @@ pub struct RegionSampler {
 }
 
 impl RegionSampler {
-    /// Sample these ranges, which must be sorted and disjoint, as those of a table are. `seed`
-    /// decides which pages are looked at.
+    /// Sample these ranges, which must be sorted and disjoint, as those of a table are; ranges that
+    /// touch count as one. `seed` decides which pages are looked at.
     ///
     /// # Errors
     /// [`AgeError::EmptyRange`], [`AgeError::OutOfAddressSpace`], [`AgeError::Overlap`] (also for

@@ -10,7 +10,7 @@
 use alloc::vec::Vec;
 
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
-use mmu_core::sync::{AtomicU64, Ordering};
+use mmu_core::sync::{AtomicU64, Ordering, plain};
 
 use crate::editor::AgeEditor;
 use crate::error::{AgeError, Inconsistency};
@@ -49,6 +49,8 @@ pub struct AgeTable {
     /// What the pass of each generation counted, by slot.
     figures: [FiguresCell; 4],
     filters: Option<Filters>,
+    /// Pages found used outside of passes since the last one.
+    heard: plain::AtomicU64,
     /// 1 while an editor is open.
     editing: AtomicU64,
 }
@@ -82,6 +84,7 @@ impl AgeTable {
             births_ms: [(); 4].map(|()| AtomicU64::new(now_ms)),
             figures: Default::default(),
             filters: None,
+            heard: plain::AtomicU64::new(0),
             editing: AtomicU64::new(0),
         }
     }
@@ -121,8 +124,8 @@ impl AgeTable {
         })
     }
 
-    /// Blocks of huge leaves cost one entry, and blocks in which nothing is known may hold anything:
-    /// filters are asked about the others only.
+    /// Blocks of huge leaves cost one entry, and blocks in which nothing is known may hold
+    /// anything: filters are asked about the others only.
     pub(crate) fn is_wanted(&self, region: &Region, block: u64, seq: Seq) -> bool {
         let Some((cell, _)) = region.block(block) else { return false };
         let seen = summary::load(cell);
@@ -288,6 +291,21 @@ impl AgeTable {
         if let Some(slot) = self.figures.get(to_index(generation.get())) {
             slot.store(figures);
         }
+    }
+
+    /// `pages` were found used outside of a pass. For the holder of the editor.
+    pub(crate) fn hear(&self, pages: u64) {
+        // ORDERING[age-editor]: Relaxed. The editor is ours: only its holder stores.
+        let heard = self.heard.load(plain::Ordering::Relaxed);
+        self.heard.store(heard.saturating_add(pages), plain::Ordering::Relaxed);
+    }
+
+    /// How many that were since the last call.
+    pub(crate) fn take_heard(&self) -> u64 {
+        // ORDERING[age-editor]: Relaxed. The editor is ours: only its holder stores.
+        let heard = self.heard.load(plain::Ordering::Relaxed);
+        self.heard.store(0, plain::Ordering::Relaxed);
+        heard
     }
 
     /// Become the one who may change the table.

@@ -176,6 +176,7 @@ impl Planes {
             gone,
             fresh,
             promoted,
+            again: promoted & self.labelled(rules.previous),
             second_chance: used & !earned,
         }
     }
@@ -192,6 +193,8 @@ const fn spread(bit: u64) -> u64 {
 pub(crate) struct Rules {
     /// Label of the generation that promoted and new pages enter.
     pub(crate) youngest: Label,
+    /// Label of the generation before it.
+    pub(crate) previous: Label,
     /// All ones: the first access promotes. Zero: the second does.
     pub(crate) immediate: u64,
 }
@@ -203,6 +206,8 @@ pub(crate) struct Seen {
     pub(crate) gone: u64,
     pub(crate) fresh: u64,
     pub(crate) promoted: u64,
+    /// Of these, from the generation before.
+    pub(crate) again: u64,
     pub(crate) second_chance: u64,
 }
 
@@ -227,7 +232,7 @@ mod tests {
     use super::*;
 
     fn rules(youngest: u64, immediate: u64) -> Rules {
-        Rules { youngest: Label::new(youngest), immediate }
+        Rules { youngest: Label::new(youngest), previous: Label::new(youngest + 3), immediate }
     }
 
     #[test]
@@ -294,6 +299,7 @@ mod tests {
             assert_eq!(seen.fresh, flag(!was && present), "{case:#x}");
             assert_eq!(seen.promoted, flag(earned && old != Label::new(1)), "{case:#x}");
             assert_eq!(seen.second_chance, flag(used && !earned), "{case:#x}");
+            assert_eq!(seen.again, flag(earned && old == Label::new(0)), "{case:#x}");
             assert_eq!(seen.after.stray(), 0, "{case:#x}");
             if present {
                 let label = if earned || !was { Label::new(1) } else { old };

@@ -337,8 +337,12 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
         if !self.change.age(cell, old, gfn, level) {
             self.report.lost += 1;
         }
+        let range = GfnRange::from_len(gfn, level.pages());
         if self.job.mode == AgeMode::ClearFlush {
-            self.change.owe(self.work.debt, GfnRange::from_len(gfn, level.pages()));
+            self.change.owe(self.work.debt, range);
+        } else if !self.job.range.covers(range) {
+            // Cleared as a whole, and so hidden as a whole.
+            self.work.pass.note(range, Level::L1);
         }
     }
 }

@@ -98,9 +98,10 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
         if !self.work.pass.clears_links() || cfg!(busted = "leave_upper_clear") {
             return;
         }
-        let covered = self.job.range;
+        // Those on the way to `stop`: entered, and perhaps cleared.
+        let entered = self.work.entered;
         self.change.above(root, stop, Level::L1, |change, cell, gfn, level| {
-            if gfn < stop && covered.covers(GfnRange::entry(gfn, level)) {
+            if entered.has(gfn, level) {
                 change.use_table(cell, gfn, level);
             }
         });

@@ -1,33 +1,13 @@
 //! The rules, one by one.
 
 use lru_age::{
-    AgeError, AgePass, AgeTable, Gaps, GenWindow, Histogram, MAX_NR_GENS, MIN_NR_GENS, PassOptions,
-    PassReport, Promotion, Recheck, Seq, candidates, cold_blocks,
+    AgeError, AgePass, AgeTable, GenWindow, Histogram, IdleBitmap, LookOptions, MAX_NR_GENS,
+    MIN_NR_GENS, PassOptions, Promotion, Recheck, Seq, candidates, cold_blocks,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level};
-use mmu_core::traits::AgeMode;
+use mmu_core::traits::{AgeMode, UpperBits};
 
-use crate::fake::{BLOCK, FakeMmu, range};
-
-/// A table over all of `mmu`.
-fn table_over(mmu: &FakeMmu) -> AgeTable {
-    let mut table = AgeTable::new(0);
-    table.add_range(range(0..mmu.pages())).unwrap();
-    table
-}
-
-/// One whole pass.
-fn pass_with(table: &AgeTable, mmu: &FakeMmu, options: PassOptions) -> PassReport {
-    let mut pass = AgePass::start_with(table, options).unwrap();
-    while pass.step(mmu, &mut (), 4096).next.is_some() {}
-    let report = pass.finish(0);
-    table.check().unwrap();
-    report
-}
-
-fn pass(table: &AgeTable, mmu: &FakeMmu) -> PassReport {
-    pass_with(table, mmu, PassOptions::new(AgeMode::Clear))
-}
+use crate::fake::{BLOCK, FakeMmu, pass, pass_with, range, table_over};
 
 fn passes(count: u64, table: &AgeTable, mmu: &FakeMmu) {
     for _ in 0..count {
@@ -107,18 +87,21 @@ fn unmapped_pages_drop_out_and_return_as_new() {
 }
 
 #[test]
-fn silence_means_unmapped_or_nothing_as_the_pass_was_told() {
-    let mut mmu = FakeMmu::new(2);
+fn idle_tables_keep_their_pages_and_silence_means_unmapped() {
+    let mut mmu = FakeMmu::new(4);
     mmu.skip_idle = true;
     let table = table_over(&mmu);
     mmu.map(0..1024);
     (0..1024).for_each(|gfn| mmu.touch(gfn));
     let _ = pass(&table, &mmu);
     mmu.touch(3);
-    let options = PassOptions { gaps: Gaps::Unknown, ..PassOptions::new(AgeMode::Clear) };
-    let report = pass_with(&table, &mmu, options);
-    assert_eq!((report.counts.unmapped_now, table.tracked_pages()), (0, 1024));
-    mmu.touch(3);
+    let options = PassOptions { upper: UpperBits::Use, ..PassOptions::new(AgeMode::Clear) };
+    let counts = pass_with(&table, &mmu, options).counts;
+    assert_eq!((counts.unmapped_now, counts.idle, counts.mapped), (0, 3 * 512, 512));
+    assert_eq!(table.tracked_pages(), 1024);
+    // The second table is gone: told as idle, it is not missed; a pass that looks finds out.
+    mmu.unmap(512..1024);
+    assert_eq!(pass_with(&table, &mmu, options).counts.unmapped_now, 0);
     assert_eq!(pass(&table, &mmu).counts.unmapped_now, 512);
 }
 
@@ -439,4 +422,37 @@ fn a_pass_may_be_forced_and_says_so() {
     // Nothing to look at is everything looked at.
     let nothing = AgeTable::new(0);
     assert!(AgePass::start(&nothing, AgeMode::Clear).unwrap().finish(1).complete);
+}
+
+/// One accessed bit for 1 GiB: whoever clears it by a question about a part tells all parts.
+#[test]
+fn parts_of_a_leaf_of_1_gib_are_as_young_as_each_other() {
+    let mmu = FakeMmu::new(513);
+    let table = table_over(&mmu);
+    mmu.map_huge(0, Level::L3);
+    mmu.map(512 * BLOCK..513 * BLOCK);
+    mmu.touch(3);
+    passes(4, &table, &mmu);
+    let max = table.window().max_seq();
+    let young = || table.pages_in(max);
+    let victim = candidates(&table).nth(7).unwrap();
+    assert_eq!((victim.level, victim.range.len()), (Level::L3, BLOCK));
+    mmu.touch(100 * BLOCK);
+    let look = {
+        let mut editor = table.edit().unwrap();
+        editor.look_around(&victim, &mmu, &mut (), LookOptions::DEFAULT)
+    };
+    assert_eq!((look.verdict, look.counts.promoted), (Recheck::Young, 512 * BLOCK));
+    assert_eq!(young(), 512 * BLOCK);
+    table.check().unwrap();
+    // The same by a consumer that asks about one page.
+    passes(3, &table, &mmu);
+    let max = table.window().max_seq();
+    mmu.touch(100 * BLOCK);
+    let mut idle = IdleBitmap::new(table.ranges()).unwrap();
+    let mut editor = table.edit().unwrap();
+    idle.mark(Gfn::new(64), &[1], &mmu, &mut (), &mut editor).unwrap();
+    drop(editor);
+    assert_eq!(table.pages_in(max), 512 * BLOCK);
+    table.check().unwrap();
 }

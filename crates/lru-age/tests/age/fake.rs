@@ -2,9 +2,10 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use lru_age::{AgePass, AgeTable, PassOptions, PassReport};
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
 use mmu_core::traits::{
-    AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS,
+    AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, MASK_WORDS, UpperBits,
 };
 
 /// Pages of a block.
@@ -14,8 +15,15 @@ pub(crate) const BLOCK: u64 = 512;
 #[derive(Debug, Default)]
 pub(crate) struct FakeMmu {
     blocks: Vec<FakeBlock>,
-    /// Leave out tables in which nothing is young, as an MMU with non-leaf accessed bits would.
+    /// Leave out tables in which nothing is young when asked to, as an MMU with non-leaf accessed
+    /// bits would.
     pub(crate) skip_idle: bool,
+    /// Say that answers are slow.
+    pub(crate) slow: bool,
+    /// Calls of `age`.
+    pub(crate) calls: AtomicU64,
+    /// Flushes asked for.
+    pub(crate) flushes: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -38,7 +46,7 @@ pub(crate) struct Leaf {
 impl FakeMmu {
     pub(crate) fn new(blocks: u64) -> Self {
         let blocks = (0..blocks).map(|_| FakeBlock::default()).collect();
-        Self { blocks, skip_idle: false }
+        Self { blocks, ..Self::default() }
     }
 
     pub(crate) fn pages(&self) -> u64 {
@@ -55,7 +63,7 @@ impl FakeMmu {
             let all = to.present.iter().chain(&to.young).chain([&to.huge, &to.huge_young]);
             all.zip(words(from)).for_each(|(cell, word)| set(cell, word));
         }
-        Self { skip_idle: self.skip_idle, ..copy }
+        Self { skip_idle: self.skip_idle, slow: self.slow, ..copy }
     }
 
     pub(crate) fn leaf(&self, gfn: u64) -> Option<Leaf> {
@@ -141,13 +149,14 @@ impl AgeRange for FakeMmu {
     type Reader = ();
 
     fn age<S: AgeSink>(&self, _: &mut (), request: AgeRequest, sink: &mut S) -> AgeReport {
+        self.calls.fetch_add(1, Ordering::Relaxed);
         let mut report = AgeReport::empty(request.range.start);
         let end = request.range.end.min(Gfn::new(self.pages()));
         while report.next < end && (report.entries < request.budget || report.entries == 0) {
             let at = report.next.get();
             let block = self.block(at);
             match get(&block.huge) {
-                0 => self.age_table(at, end.get(), request.mode, sink, &mut report),
+                0 => self.age_table(at, end.get(), request, sink, &mut report),
                 huge => {
                     let level = if huge == 2 { Level::L2 } else { Level::L3 };
                     let base = Gfn::new(at).align_down(level);
@@ -173,11 +182,15 @@ impl AgeRange for FakeMmu {
     }
 
     fn abilities(&self) -> AgeAbilities {
-        let upper = if self.skip_idle { AgeAbilities::UPPER_BITS } else { AgeAbilities::empty() };
-        AgeAbilities::FAST | AgeAbilities::HARDWARE_BITS | upper
+        let mut abilities = AgeAbilities::HARDWARE_BITS;
+        abilities.set(AgeAbilities::UPPER_BITS, self.skip_idle);
+        abilities.set(AgeAbilities::FAST, !self.slow);
+        abilities
     }
 
-    fn flush_aged(&self, _: &mut (), _: GfnRange) {}
+    fn flush_aged(&self, _: &mut (), _: GfnRange) {
+        self.flushes.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl FakeMmu {
@@ -185,7 +198,7 @@ impl FakeMmu {
         &self,
         from: u64,
         end: u64,
-        mode: AgeMode,
+        request: AgeRequest,
         sink: &mut S,
         report: &mut AgeReport,
     ) {
@@ -193,8 +206,11 @@ impl FakeMmu {
         let to = end.min(base + BLOCK);
         report.next = Gfn::new(to);
         let block = self.block(base);
-        if self.skip_idle && block.young.iter().all(|cell| get(cell) == 0) {
+        let skips = self.skip_idle && request.upper == UpperBits::Use;
+        if skips && block.young.iter().all(|cell| get(cell) == 0) {
             report.entries += 1;
+            report.idle += to - from;
+            sink.idle(range(from..to));
             return;
         }
         let (mut present, mut young) = ([0; MASK_WORDS], [0; MASK_WORDS]);
@@ -203,16 +219,15 @@ impl FakeMmu {
             let inside = below(to, first) & !below(from, first);
             present[i] = get(&block.present[i]) & inside;
             let seen = get(&block.young[i]) & inside;
-            if mode != AgeMode::Test && seen != 0 {
+            if request.mode != AgeMode::Test && seen != 0 {
                 block.young[i].fetch_and(!seen, Ordering::Relaxed);
             }
             young[i] = seen & present[i];
             report.mapped += u64::from(present[i].count_ones());
             report.young += u64::from(young[i].count_ones());
         }
-        // A table with nothing in it is reported in every second block and left out in the others;
-        // an MMU whose silence means "idle" must report it.
-        if !self.skip_idle && present == [0; MASK_WORDS] && (base / BLOCK) % 2 == 1 {
+        // A table with nothing in it is reported in every second block and left out in the others.
+        if present == [0; MASK_WORDS] && (base / BLOCK) % 2 == 1 {
             report.entries += 1;
             return;
         }
@@ -268,4 +283,24 @@ impl Rng {
 /// `[start, end)`.
 pub(crate) fn range(pages: core::ops::Range<u64>) -> GfnRange {
     GfnRange::new(Gfn::new(pages.start), Gfn::new(pages.end))
+}
+
+/// A table over all of `mmu`.
+pub(crate) fn table_over(mmu: &FakeMmu) -> AgeTable {
+    let mut table = AgeTable::new(0);
+    table.add_range(range(0..mmu.pages())).unwrap();
+    table
+}
+
+/// One whole pass.
+pub(crate) fn pass_with(table: &AgeTable, mmu: &FakeMmu, options: PassOptions) -> PassReport {
+    let mut pass = AgePass::start_with(table, options).unwrap();
+    while pass.step(mmu, &mut (), 4096).next.is_some() {}
+    let report = pass.finish(0);
+    table.check().unwrap();
+    report
+}
+
+pub(crate) fn pass(table: &AgeTable, mmu: &FakeMmu) -> PassReport {
+    pass_with(table, mmu, PassOptions::new(AgeMode::Clear))
 }

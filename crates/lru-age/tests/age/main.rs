@@ -1,5 +1,6 @@
 //! Aging by behaviour, with a fake MMU: `model` compares random traces with a page-by-page model,
-//! `behaviour` states the rules one by one, `threads` reads while a pass writes.
+//! `behaviour` states the rules one by one, `threads` reads while a pass writes; the others are
+//! named after what they test.
 
 #![expect(
     clippy::expect_used,
@@ -9,6 +10,16 @@
 )]
 
 mod behaviour;
+mod cold;
+mod commands;
+mod consumers;
+mod evicting;
 mod fake;
+mod filters;
+mod fleets;
 mod model;
+mod parallel;
+mod refaults;
+mod slices;
 mod threads;
+mod working_sets;

@@ -3,7 +3,7 @@
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::ScopedJoinHandle;
 
-use lru_age::{AgePass, AgeTable, Gaps, Histogram, PassOptions, candidates, cold_blocks};
+use lru_age::{AgePass, AgeTable, Histogram, PassOptions, candidates, cold_blocks};
 use mmu_core::addr::{Gfn, Level};
 use mmu_core::traits::AgeMode;
 
@@ -21,7 +21,7 @@ const COLD: u64 = 4 * BLOCK + 3;
 fn whole_pass(table: &AgeTable, mmu: &FakeMmu, now_ms: u64) {
     mmu.touch(HOT);
     mmu.touch(RESHAPED);
-    let options = PassOptions { gaps: Gaps::Unmapped, ..PassOptions::new(AgeMode::Clear) };
+    let options = PassOptions::new(AgeMode::Clear);
     let mut pass = AgePass::start_with(table, options).unwrap();
     while pass.step(mmu, &mut (), 700).next.is_some() {}
     let _ = pass.finish(now_ms);
