@@ -1,7 +1,8 @@
 //! The scenarios `tiering` and `access-tracking` of `examples/mini_vmm`, small: everything they
-//! check holds. Of `tiering` on every machine and format, also while hot pages are taken away and faults meet every half-way state. And it
-//! does not hold when a rule is broken: pages copied before they are unmapped, flushes thrown away,
-//! memory given back that a fault took back. So the checks can fail.
+//! check holds. Of `tiering` on every machine and format, also while hot pages are taken away and
+//! faults meet every half-way state. And it does not hold when a rule is broken: pages copied
+//! before they are unmapped, flushes thrown away, memory given back that a fault took back. So the
+//! checks can fail.
 
 #![allow(dead_code, reason = "modules of the example, of which the test uses a part")]
 
