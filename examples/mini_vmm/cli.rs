@@ -207,7 +207,7 @@ options
     --mode bitmap|clear|ring|both   dirty-log, migrate: how dirty pages are asked for (bitmap)
     --tracking wp|dirty-bit|hardware-log   and how writes are noticed (wp); a hardware log
                        needs --cpu soft
-    -s, --pages 4k|2m  dirty-log, access-tracking: largest page where logging does not forbid it (4k)
+    -s, --pages 4k|2m  dirty-log, access-tracking: largest page, if logging permits it (4k)
     --iterations N     dirty-log: harvests of each kind (8); migrate: rounds at most
     --write-percent N  share of the pages that the vCPUs write; they read the others (100)
     --delay N          turns of an empty loop after each access: a slower writer (dirty-log 0,
