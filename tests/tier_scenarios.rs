@@ -1,7 +1,8 @@
-//! The scenario `tiering` of `examples/mini_vmm`, small, on every machine and format: everything it
-//! checks holds, also while hot pages are taken away and faults meet every half-way state. And it
-//! does not hold when a rule is broken: pages copied before they are unmapped, flushes thrown away,
-//! memory given back that a fault took back. So the checks can fail.
+//! The scenarios `tiering` and `access-tracking` of `examples/mini_vmm`, small: everything they
+//! check holds. Of `tiering` on every machine and format, also while hot pages are taken away and
+//! faults meet every half-way state. And it does not hold when a rule is broken: pages copied
+//! before they are unmapped, flushes thrown away, memory given back that a fault took back. So the
+//! checks can fail.
 
 #![allow(dead_code, reason = "modules of the example, of which the test uses a part")]
 
@@ -139,4 +140,62 @@ fn contents_are_lost_if_memory_is_given_back_that_a_fault_took_back() {
 fn contents_are_lost_if_flushes_are_thrown_away() {
     let failed = failed(&disturbed(CpuChoice::Soft, Trial::ForgetFlushes));
     assert!(failed.iter().any(|name| name == "contents-verified-by-the-guest"), "{failed:?}");
+}
+
+fn tracked(options: &Options) -> Report {
+    scenario::run("access-tracking", options).unwrap_or_else(|error| panic!("{error}: {options:?}"))
+}
+
+#[test]
+fn the_phases_of_kvms_test_see_nine_of_ten_accesses_with_any_option() {
+    let base = Options { memory: Some(4 << 20), warn_only: 0, ..options(CpuChoice::Soft) };
+    let of = |overlap, random, generations, huge, format| Options {
+        overlap,
+        random,
+        generations,
+        huge,
+        format,
+        ..base.clone()
+    };
+    let cases = [
+        of(false, false, false, true, FormatChoice::Legacy),
+        of(true, true, false, false, FormatChoice::Npt),
+        of(false, true, true, false, FormatChoice::Ept),
+        Options { per_vcpu: Some(1 << 20), ..of(true, false, true, true, FormatChoice::Npt) },
+    ];
+    for case in cases {
+        let report = tracked(&case);
+        let failed: Vec<_> = report.checks.iter().filter(|check| !check.ok).collect();
+        assert!(report.ok(), "{failed:?}: {case:?}");
+        let judged = report.checks.iter().any(|check| check.name == "nine-of-ten-accesses-seen");
+        assert!(judged, "{case:?}");
+    }
+}
+
+#[test]
+fn accesses_that_are_not_seen_fail_or_warn() {
+    for (generations, warn_only) in [(false, 0), (true, 0), (false, 1)] {
+        let base = Options { memory: Some(4 << 20), ..options(CpuChoice::Soft) };
+        let trial = Trial::ForgetFlushes;
+        let report = tracked(&Options { generations, warn_only, trial, ..base });
+        let failed: Vec<_> =
+            report.checks.iter().filter(|check| !check.ok).map(|check| check.name).collect();
+        let expected: &[&str] = if warn_only > 0 { &[] } else { &["nine-of-ten-accesses-seen"] };
+        assert_eq!(failed, expected, "-l {generations} -w {warn_only}");
+    }
+}
+
+#[test]
+fn aging_beside_faults_is_tabled_for_1_to_8_vcpus_in_every_way() {
+    let base = Options { parallel: true, per_vcpu: Some(1 << 20), ..options(CpuChoice::Soft) };
+    let report = tracked(&base);
+    let failed: Vec<_> = report.checks.iter().filter(|check| !check.ok).collect();
+    assert!(report.ok(), "{failed:?}");
+    for vcpus in [1, 2, 4, 8] {
+        for way in ["off", "locked", "lockless", "skipping"] {
+            let name = format!("{vcpus}_vcpus_{way}_wall_ms");
+            let wall = report.metrics.iter().find(|(metric, _)| *metric == name);
+            assert!(wall.is_some_and(|(_, wall)| *wall > 0.0), "{name}");
+        }
+    }
 }

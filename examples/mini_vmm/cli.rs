@@ -205,7 +205,7 @@ options
     --memory SIZE      what the workload touches, such as 64M or 1G
     -b SIZE            access-tracking: the same for each vCPU
     --cpu kvm|soft     the CPU behind /dev/kvm, or the software CPU (kvm when it opens)
-    -m, --format legacy|npt|ept   format of the tables; npt and ept need --cpu soft (legacy)
+    -m, --format legacy|npt|ept  format of the tables; npt and ept need --cpu soft (legacy)
     -p                 access-tracking: age while 1, 2, 4 and 8 vCPUs fault, by several ways
     -l                 access-tracking: age by generations
     -w N               access-tracking: accesses that are not seen fail (0), warn (1), or what

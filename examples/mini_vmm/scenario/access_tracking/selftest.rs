@@ -20,6 +20,7 @@ use mmu_core::traits::AgeMode;
 use mmu_core::vm::Actor;
 
 use super::{Builder, Error, Report, Shape, pass, per_page};
+use crate::cli::Trial;
 use crate::host::VmmHost;
 use crate::machine::Churn;
 use crate::vmm::{Vmm, VmmVcpu};
@@ -65,6 +66,7 @@ pub(super) fn run<F: SpteFormat>(
     let each = builder.pages_each(8 << 20, 64 << 20);
     let regions = if options.overlap { 1 } else { u64::from(options.vcpus) };
     let mut shape = Shape::new(options.vcpus, (each * regions).max(u64::from(options.vcpus) + 1));
+    shape.forget_flushes = options.trial == Trial::ForgetFlushes;
     if options.huge {
         shape.level = Level::L2;
     }

@@ -61,6 +61,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 const WALKS: u32 = 3;
 /// Pages are taken away so many times in a trial.
 const TRIAL_TURNS: u64 = 12;
+/// Pages of a vCPU at least, so that some are hot and some are not.
+const FEWEST: u64 = 16;
 /// Pages that a vCPU visits in one command: a millisecond or a few.
 const VISITS: u64 = 1 << 16;
 /// The same where somebody waits for the ends of commands.
@@ -177,6 +179,9 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     let options = builder.options;
     let begun = Instant::now();
     let pages = builder.pages(32 << 20, 64 << 20);
+    if pages < u64::from(options.vcpus) * FEWEST {
+        return Err(format!("{pages} pages: tiering takes {FEWEST} for each vCPU at least").into());
+    }
     let trial = match options.trial {
         Trial::Cold if options.disturb => Trial::Disturbed,
         trial => trial,

@@ -349,3 +349,77 @@ impl Sum {
         self.0 = (self.0 ^ word).wrapping_mul(FACTOR).rotate_left(29);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use mmu_model::{Format, Npt};
+
+    use super::*;
+    use crate::machine::Layout;
+    use crate::soft::SoftMachine;
+
+    const FIRST: u64 = 8;
+    const PAGES: u64 = 4;
+
+    /// A tier all of whose pages hold their number plus one.
+    fn tier() -> SlowTier {
+        let layout = Layout { stub: 0..1, tables: 1..FIRST, data: FIRST..FIRST + PAGES };
+        let machine = SoftMachine::new(&layout, 1, Format::Npt(Npt::new())).expect("memory");
+        let folder = std::env::temp_dir();
+        let tier = SlowTier::new(Arc::new(machine), FIRST, PAGES, &folder).expect("a file");
+        (0..PAGES).for_each(|page| tier.machine.memory().store((FIRST + page) * PAGE, page + 1));
+        tier
+    }
+
+    fn word(tier: &SlowTier, page: u64) -> u64 {
+        tier.machine.memory().load((FIRST + page) * PAGE)
+    }
+
+    #[test]
+    fn a_page_that_is_taken_back_stays_and_the_others_go_and_come_back() {
+        let tier = tier();
+        let full = tier.machine.allocated().expect("a count");
+        tier.leave(0..PAGES);
+        tier.write(0..PAGES).expect("room");
+        assert!(tier.is_here(1), "it is in memory still");
+        tier.machine.memory().store((FIRST + 1) * PAGE, 77);
+        assert_eq!(tier.go(0..PAGES).expect("holes"), 3);
+        let places: Vec<_> = (0..PAGES).map(|page| tier.place(page)).collect();
+        assert_eq!(places, [Place::Away, Place::Here, Place::Away, Place::Away]);
+        assert_eq!((tier.away(), tier.machine.allocated().expect("a count")), (3, full - 3 * PAGE));
+        assert!(!tier.is_here(3));
+        tier.bring_in(3).expect("contents");
+        assert_eq!((word(&tier, 1), word(&tier, 3)), (77, 4));
+        assert_eq!(tier.tidy().expect("holes"), [1, 3]);
+        assert!(tier.tidy().expect("holes").is_empty());
+        [0, 2].into_iter().for_each(|page| tier.bring_in(page).expect("contents"));
+        assert_eq!(tier.tidy().expect("holes"), [0, 2]);
+        assert_eq!((word(&tier, 0), word(&tier, 2)), (1, 3));
+        assert_eq!((tier.away(), tier.file_bytes().expect("a count")), (0, 0));
+    }
+
+    #[test]
+    fn a_page_that_left_again_keeps_its_room_in_the_file() {
+        let tier = tier();
+        for _ in 0..2 {
+            tier.leave(2..3);
+            tier.write(2..3).expect("room");
+            assert_eq!(tier.go(2..3).expect("holes"), 1);
+            assert!(tier.tidy().expect("holes").is_empty(), "it is away");
+            tier.bring_in(2).expect("contents");
+        }
+        assert_eq!(word(&tier, 2), 3);
+    }
+
+    #[test]
+    fn a_damaged_file_is_found_out() {
+        let tier = tier();
+        tier.leave(0..2);
+        tier.write(0..2).expect("room");
+        assert_eq!(tier.go(0..2).expect("holes"), 2);
+        tier.file.write_all_at(&[9], PAGE + 123).expect("room");
+        tier.bring_in(0).expect("contents");
+        assert!(tier.bring_in(1).is_err());
+        assert_eq!((tier.place(1), tier.moves.damaged.load(Ordering::Relaxed)), (Place::Away, 1));
+    }
+}
