@@ -208,11 +208,8 @@ impl AgeSink for Observer<'_, '_> {
     /// As old as they were: neither unmapped nor used.
     fn idle(&mut self, range: GfnRange) {
         self.gap(range.start);
-<<<<<<< HEAD
         #[cfg(busted = "idle_means_unmapped")]
         self.gap(range.end);
-=======
->>>>>>> tier
         self.cursor = self.cursor.max(range.end.min(self.range.end));
     }
 
