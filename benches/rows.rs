@@ -17,6 +17,8 @@ mod catalogue;
 mod dirty;
 #[path = "rows/fault.rs"]
 mod fault;
+#[path = "rows/guest.rs"]
+mod guest;
 #[path = "rows/harness.rs"]
 mod harness;
 #[path = "rows/host.rs"]

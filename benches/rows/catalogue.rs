@@ -2,7 +2,7 @@
 //! who measures them. Definitions and reasons: `docs/PERFORMANCE.md`.
 
 use crate::harness::Bench;
-use crate::{age, dirty, fault, limits, pair, stall, tib, walk, zap};
+use crate::{age, dirty, fault, guest, limits, pair, stall, tib, walk, zap};
 
 /// One figure.
 pub struct Row {
@@ -147,6 +147,7 @@ pub const FAMILIES: &[Family] = &[
         ],
         run: walk::rows,
     },
+    Family { rows: &[new("guest_walk", NS), new("guest_walk_2d", NS)], run: guest::rows },
     Family {
         rows: &[
             new("table_bytes_per_gib", "MiB").target(2.021).kvm(2.095),
@@ -163,7 +164,6 @@ pub const NOT_YET: &[&str] = &[
     "shadow_fault_prefetch",
     "rmap_add_remove",
     "shadow_age",
-    "guest_walk",
     "cr3_switch",
     "rmap_bytes_per_mapping_1",
     "rmap_bytes_per_mapping_2",

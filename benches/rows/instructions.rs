@@ -9,6 +9,7 @@ use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 
 use crate::age::Bitmap;
 use crate::dirty::{collapse, split};
+use crate::guest::Tables;
 use crate::harness::Random;
 use crate::host::{Shape, Vm, expect, forbidden_write, map, write};
 use crate::walk::{look, look_batch, look_once};
@@ -37,6 +38,8 @@ pub const NAMES: &[&str] = &[
     "fast_fault_log",
     "split",
     "collapse",
+    "guest_walk",
+    "guest_walk_2d",
 ];
 
 /// Pages that exist, however many are used.
@@ -49,6 +52,14 @@ pub fn run(row: &str, count: u64) -> Result<(), String> {
     }
     if count > PAGES {
         return Err(format!("{count} operations: at most {PAGES}"));
+    }
+    if row.starts_with("guest_walk") {
+        let tables = Tables::new(PAGES);
+        match row {
+            "guest_walk" => tables.walk(0..count),
+            _ => tables.walk_nested(0..count),
+        }
+        return Ok(());
     }
     let level = match row {
         "fault_2m" | "split" | "collapse" => Level::L2,

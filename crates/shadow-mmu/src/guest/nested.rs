@@ -1,9 +1,9 @@
 //! Walks over the tables that a guest hypervisor made for its guest: EPT and NPT.
 //!
 //! Owns [`NestedWalker`] (KVM rows 4.59 and, for the codes, 4.15), what such a walk is for
-//! ([`Purpose`]), and [`NestedTables`], through which [`super::walker`] reaches a nested guest's own
-//! tables: a two-dimensional walk. Sources: SDM 3C 28.2.1, table 28-7, and 29.3; APM 2 15.25. No
-//! locks.
+//! ([`Purpose`]), and [`NestedTables`], through which [`super::walker`] reaches a nested guest's
+//! own tables: a two-dimensional walk. Sources: SDM 3C 28.2.1, table 28-7, and 29.3; APM 2 15.25.
+//! No locks.
 
 use mmu_core::access::{Access, EptViolation, NpfInfo};
 use mmu_core::addr::{Gpa, Level};
