@@ -7,16 +7,14 @@
 //! does not open each test says so, loudly, and passes.
 
 mod guest_support;
+#[path = "guest_support/vm.rs"]
+mod vm;
 
 use std::arch::global_asm;
 use std::slice;
 use std::time::Instant;
 
 use guest_support::pages::Pages;
-use guest_support::vm::{
-    self, CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, Controls,
-    EFER_LMA, EFER_LME, EFER_NXE, Offered, PAGE, Vm,
-};
 use guest_support::{A, D, LINK, NX, P, PS, U, W};
 use kvm_bindings::kvm_regs;
 use kvm_ioctls::Kvm;
@@ -25,6 +23,10 @@ use mmu_model::Random;
 use shadow_mmu::guest::{
     Cause, EntryWidth, Exchange, GuestControls, GuestCpu, GuestMem, GuestRoot, GuestWalker,
     NotMemory, Operation, Privilege, Request, WalkError, WriteProtect,
+};
+use vm::{
+    CR0_PE, CR0_PG, CR0_WP, CR4_LA57, CR4_PAE, CR4_PSE, CR4_SMAP, CR4_SMEP, Controls, EFER_LMA,
+    EFER_LME, EFER_NXE, Offered, PAGE, Vm,
 };
 
 /// Skips aloud.
@@ -203,9 +205,9 @@ fn long_translations(kvm: &Kvm, levels: u64, nxe: u64, test: &str) {
 /// A KVM without guests of a mode may take the registers and walk nothing.
 fn probe(vm: &Vm, levels: u64) -> Result<(), String> {
     for level in 2..=levels {
-        vm.set((TABLE + level) * PAGE, (TABLE + level - 1) * PAGE | LINK);
+        vm.set((TABLE + level) * PAGE, ((TABLE + level - 1) * PAGE) | LINK);
     }
-    vm.set((TABLE + 1) * PAGE, 5 * PAGE | LINK);
+    vm.set((TABLE + 1) * PAGE, (5 * PAGE) | LINK);
     match vm.translate(0x123) {
         Some(pa) if pa == 5 * PAGE + 0x123 => Ok(()),
         other => Err(format!("0x123 leads to {other:x?}")),
@@ -404,10 +406,10 @@ impl Batch {
     fn map_stub(&self, setting: &Setting) {
         let open = if setting.ring == 3 { LINK } else { P | W };
         for level in 1..4 {
-            self.vm.set((TABLES + level - 1) * PAGE, (TABLES + level) * PAGE | open);
+            self.vm.set((TABLES + level - 1) * PAGE, ((TABLES + level) * PAGE) | open);
         }
         for page in 0..DATA {
-            self.vm.set((TABLES + 3) * PAGE + 8 * page, page * PAGE | open | A | D);
+            self.vm.set((TABLES + 3) * PAGE + 8 * page, (page * PAGE) | open | A | D);
         }
     }
 
@@ -486,10 +488,10 @@ fn generated(random: &mut Random, level: u64, offered: &Offered) -> u64 {
     match level {
         2 if large => {
             let misaligned = if random.chance(1, 16) { 1 << (13 + random.below(8)) } else { 0 };
-            value | (DATA + 512 * random.below(4)) * PAGE | misaligned
+            value | ((DATA + 512 * random.below(4)) * PAGE) | misaligned
         }
-        1 => value | (DATA + random.below(PAGES - DATA)) * PAGE,
-        _ => value | (Batch::pool(level - 1) + random.below(POOL[level as usize - 1])) * PAGE,
+        1 => value | ((DATA + random.below(PAGES - DATA)) * PAGE),
+        _ => value | ((Batch::pool(level - 1) + random.below(POOL[level as usize - 1])) * PAGE),
     }
 }
 

@@ -44,7 +44,7 @@ fn four_levels(leaf: u64) -> Pages {
 
 /// Where the entry of `level` stands in those.
 fn place(level: u8) -> u64 {
-    (ROOT + 4 - u64::from(level)) << 12 | index(ADDRESS, level) * 8
+    ((ROOT + 4 - u64::from(level)) << 12) | (index(ADDRESS, level) * 8)
 }
 
 fn long() -> GuestWalker {
@@ -323,7 +323,7 @@ fn permissions_of_one_path_do_not_reach_into_another() {
     let mem = four_levels(0x7000 | LINK);
     let other = ADDRESS + (1 << 39);
     let link = mem.get(place(4), 8).expect("an entry");
-    mem.set(ROOT << 12 | index(other, 4) * 8, 8, link & !W);
+    mem.set((ROOT << 12) | (index(other, 4) * 8), 8, link & !W);
     let walker = long();
     let root = GuestRoot::Cr3(ROOT << 12);
     let open = walker.walk(&mem, &root, Gva::new(ADDRESS), USER_WRITE).expect("writable");

@@ -3,10 +3,10 @@
 
 #![allow(dead_code, reason = "each test uses a part")]
 
+pub mod any;
 pub mod chain;
 pub mod pages;
 pub mod plane;
-pub mod vm;
 
 use mmu_core::access::Access;
 use mmu_core::addr::Level;

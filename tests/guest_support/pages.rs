@@ -23,8 +23,11 @@ pub struct Pages {
     /// Compare-exchanges still to be lost.
     pub lose: Cell<u64>,
     /// Called with the number of each read, before it.
-    pub before_read: RefCell<Option<Box<dyn Fn(&Pages, usize, u64)>>>,
+    pub before_read: RefCell<Option<Hook>>,
 }
+
+/// Memory, the number of the read, its address.
+type Hook = Box<dyn Fn(&Pages, usize, u64)>;
 
 impl Pages {
     pub fn new() -> Self {

@@ -116,8 +116,10 @@ pub(super) fn descend<M: GuestMem + ?Sized, B: Beneath>(
 ) -> Result<WalkPath, Stop> {
     for attempts in 1..=MAX_ATTEMPTS {
         let mut attempt = read_down(rules, mem, beneath, start, address)?;
-        check(rules, &attempt.path, request)?;
         let operation = request.operation;
+        #[cfg(busted = "mark_before_check")]
+        let _ = mark(rules, mem, beneath, &mut attempt, address, operation)?;
+        check(rules, &attempt.path, request)?;
         if mark(rules, mem, beneath, &mut attempt, address, operation)? == Exchange::Lost {
             continue;
         }
@@ -243,6 +245,9 @@ fn mark<M: GuestMem + ?Sized, B: Beneath>(
                 }
             }
             Ok(Exchange::ReadOnly) => {}
+            #[cfg(busted = "skip_walk_restart")]
+            Ok(Exchange::Lost) => {}
+            #[cfg(not(busted = "skip_walk_restart"))]
             Ok(Exchange::Lost) => return Ok(Exchange::Lost),
             Err(_) => return Err(halt(Cause::NotMemory, entry.level)),
         }

@@ -90,7 +90,8 @@ impl Request {
             Privilege::SupervisorAc => 4,
             Privilege::Implicit => 6,
         };
-        operation + privilege + usize::from(self.write_protect == WriteProtect::On)
+        let on = self.write_protect == WriteProtect::On || cfg!(busted = "ignore_request_wp");
+        operation + privilege + usize::from(on)
     }
 
     /// Does the protection key forbid a data access to a user page (SDM 3A 4.6.2)?
