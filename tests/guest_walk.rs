@@ -17,10 +17,10 @@ use mmu_core::slot::{DirtyLog, LogOptions, Memslot, Memslots, SlotFlags, SlotLim
 use mmu_core::spte::{Capabilities, LeafSpec, Legacy, SpteConfig};
 use mmu_model::{AccessKind, GuestAccess, GuestMachine, GuestMode, Random, Who};
 use shadow_mmu::guest::{
-    Cause, Dirtiness, EntryWidth, EptCpu, Exchange, GuestControls, GuestCpu, GuestMem, GuestRoot,
-    GuestWalk, GuestWalker, HostWords, LogFull, NestedError, NestedReport, NestedRequest,
-    NestedWalker, NotMemory, Operation, PagingMode, PointerError, Privilege, Purpose, Request,
-    SlotMem, WalkError, WriteProtect,
+    Cause, Dirtiness, EntryMeaning, EntryWidth, EptCpu, Exchange, GuestControls, GuestCpu,
+    GuestMem, GuestRoot, GuestWalk, GuestWalker, HostWords, LogFull, NestedError, NestedReport,
+    NestedRequest, NestedWalker, NotMemory, Operation, PagingMode, PointerError, Privilege,
+    Purpose, Request, SlotMem, WalkError, WriteProtect,
 };
 
 const ADDRESS: u64 = 0x0000_1234_5678_9abc;
@@ -314,6 +314,64 @@ fn each_entry_keeps_what_the_entries_above_it_permit() {
     assert_eq!(path.access, Access::READ);
     // NX is ANDed the other way round: one entry is enough to forbid.
     assert_eq!(path.entries.len(), 4);
+}
+
+/// What synchronisation will ask of single entries is what a walk finds in them.
+#[test]
+fn an_entry_by_itself_means_what_a_walk_finds_in_it() {
+    const SEED: u64 = 0x3ea9;
+    let mut random = Random::new(SEED);
+    let mut counts = [0_u64; 4];
+    let base = machine(GuestMode::FourLevel);
+    for case in 0..40_000 {
+        let machine = GuestMachine { nxe: case % 2 == 0, gbpages: case % 4 < 2, ..base };
+        let walker = walker(&machine);
+        let level = 1 + random.below(4) as u8;
+        let mut value = random.next_u64() & (0xfff | 0x3f << 20);
+        for bit in [63, 51, 13, 59, 40] {
+            value |= u64::from(random.chance(1, 8)) << bit;
+        }
+        value |= u64::from(random.chance(3, 4));
+        let mem = four_levels(0);
+        mem.set(place(level), 8, value);
+        let supervisor = Request::new(Operation::Read, Privilege::Supervisor);
+        let found = walk(&walker, &mem, supervisor);
+        let at = Level::new(level).expect("1 to 4");
+        let meaning = walker.meaning(at, value);
+        let what = format!("seed {SEED:#x}, {case}: {value:#x} at {at:?}: {meaning:?}, {found:?}");
+        match (meaning, found) {
+            (EntryMeaning::Absent, Err(WalkError::Fault(fault))) => {
+                assert_eq!((fault.cause, fault.level), (Cause::NotPresent, at), "{what}");
+                counts[0] += 1;
+            }
+            (EntryMeaning::Rejected, Err(WalkError::Fault(fault))) => {
+                assert_eq!((fault.cause, fault.level), (Cause::Reserved, at), "{what}");
+                counts[1] += 1;
+            }
+            (EntryMeaning::Table { table, access }, Err(WalkError::Fault(fault))) => {
+                // There is nothing below.
+                assert_eq!(Some(fault.level), at.down(), "{what}");
+                assert_eq!(table.get(), value & 0x000f_ffff_ffff_f000, "{what}");
+                assert_eq!(access.contains(Access::WRITE), value & W != 0, "{what}");
+                counts[2] += 1;
+            }
+            (EntryMeaning::Page { gfn, access, accessed, dirty }, Ok(walk)) => {
+                assert_eq!(gfn, walk.path.gfn.align_down(at), "{what}");
+                assert_eq!((access, dirty), (walk.path.access, walk.path.dirty), "{what}");
+                assert_eq!((walk.path.level, accessed), (at, value & A != 0), "{what}");
+                counts[3] += 1;
+            }
+            _ => panic!("{what}"),
+        }
+    }
+    assert!(counts.iter().all(|count| *count > 1000), "{counts:?}");
+    // Without accessed bits every entry counts as used.
+    let cpu = EptCpu { accessed_dirty: false, ..EptCpu::baseline() };
+    let ept = NestedWalker::ept(Level::L4, &cpu).expect("four levels");
+    let EntryMeaning::Page { gfn, accessed, dirty, .. } = ept.meaning(Level::L1, 0x7037) else {
+        panic!("a page of EPT")
+    };
+    assert_eq!((gfn, accessed, dirty), (Gfn::new(7), true, Dirtiness::Untracked));
 }
 
 /// Two entries that lead to the same table with other permissions are two paths (access test:

@@ -52,6 +52,7 @@ impl Beneath for Flat {
         Ok(Located { gpa, at: gpa, access: Access::ALL, loads: 0 })
     }
 
+    /// Never asked: `locate` permits everything.
     fn unwritable(&self, _: &Located) -> Stop {
         Stop::Contended
     }
@@ -184,11 +185,7 @@ fn found(
     access: Access,
     loads: u32,
 ) -> WalkPath {
-    let dirty = match entries.last() {
-        _ if rules.dirty == 0 => Dirtiness::Untracked,
-        Some(leaf) if leaf.value & rules.dirty == 0 => Dirtiness::Clean,
-        _ => Dirtiness::Dirty,
-    };
+    let dirty = rules.dirtiness(entries.last().map_or(0, |leaf| leaf.value));
     WalkPath { entries, gfn, level, access, dirty, loads, attempts: 1 }
 }
 

@@ -35,7 +35,7 @@ pub use nested::{NestedRequest, NestedTables, NestedWalker, Purpose, TwoDimensio
 pub use permit::{Operation, PermissionRules, PermissionTable, Privilege, Request, WriteProtect};
 pub use slots::{HostWords, SlotMem};
 pub use walk::{
-    Cause, Dirtiness, GuestEntry, GuestFault, GuestWalk, MAX_WALK_LEVELS, NestedError, NestedFault,
-    NestedReport, NestedWalk, WalkError, WalkPath,
+    Cause, Dirtiness, EntryMeaning, GuestEntry, GuestFault, GuestWalk, MAX_WALK_LEVELS,
+    NestedError, NestedFault, NestedReport, NestedWalk, WalkError, WalkPath,
 };
 pub use walker::{GuestRoot, GuestWalker, PaePointers, PointerError};

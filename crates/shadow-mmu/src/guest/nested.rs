@@ -15,7 +15,7 @@ use super::mode::{ModeError, PHYS_BITS, PagingMode};
 use super::permit::{Operation, Privilege, Request};
 use super::rules::Rules;
 use super::walk::{
-    Cause, GuestWalk, NestedError, NestedFault, NestedReport, NestedWalk, WalkError,
+    Cause, EntryMeaning, GuestWalk, NestedError, NestedFault, NestedReport, NestedWalk, WalkError,
 };
 
 /// What a nested guest's physical address is translated for.
@@ -95,6 +95,12 @@ impl NestedWalker {
     #[must_use]
     pub const fn mode(&self) -> PagingMode {
         self.rules.mode
+    }
+
+    /// What `value` says as an entry of a table of `level`, by itself.
+    #[must_use]
+    pub fn meaning(&self, level: Level, value: u64) -> EntryMeaning {
+        self.rules.meaning(level, value)
     }
 
     /// Translate `gpa` by the tables at `root` (EPT pointer or nested CR3; what does not belong to

@@ -12,6 +12,7 @@ use super::cpu::{EptCpu, GuestControls, GuestCpu};
 use super::memory::EntryWidth;
 use super::mode::PagingMode;
 use super::permit::{PermissionRules, PermissionTable};
+use super::walk::{Dirtiness, EntryMeaning};
 
 const PAGE_SIZE_BIT: u64 = 1 << 7;
 const NX: u64 = 1 << 63;
@@ -310,6 +311,36 @@ impl Rules {
             page |= (value & bits(20, 13)) << PSE36_SHIFT;
         }
         Gfn::new((page | (address & offset)) >> PAGE_SHIFT)
+    }
+
+    /// What a leaf says about writes.
+    #[inline]
+    pub(super) const fn dirtiness(&self, leaf: u64) -> Dirtiness {
+        if self.dirty == 0 {
+            Dirtiness::Untracked
+        } else if leaf & self.dirty == 0 {
+            Dirtiness::Clean
+        } else {
+            Dirtiness::Dirty
+        }
+    }
+
+    /// What an entry says by itself.
+    pub(super) fn meaning(&self, level: Level, value: u64) -> EntryMeaning {
+        if !self.is_present(value) {
+            return EntryMeaning::Absent;
+        }
+        if self.is_rejected(level, value) {
+            return EntryMeaning::Rejected;
+        }
+        let access = self.access(value);
+        if self.is_leaf(level, value) {
+            let gfn = self.frame(level, value, 0);
+            let accessed = value & self.accessed == self.accessed;
+            EntryMeaning::Page { gfn, access, accessed, dirty: self.dirtiness(value) }
+        } else {
+            EntryMeaning::Table { table: self.table(value), access }
+        }
     }
 
     /// The protection key of a leaf.

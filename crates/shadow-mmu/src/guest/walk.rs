@@ -52,6 +52,35 @@ pub enum Dirtiness {
     Untracked,
 }
 
+/// What one entry says by itself, for whoever looks at a table entry by entry (synchronisation,
+/// prefetch; KVM rows 4.34, 4.55).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EntryMeaning {
+    /// Not present: no other bit counts.
+    Absent,
+    /// Present with a reserved bit, or misconfigured.
+    Rejected,
+    /// It leads to a table of the level below.
+    Table {
+        /// Where the table stands.
+        table: Gpa,
+        /// What it permits.
+        access: Access,
+    },
+    /// It maps a page.
+    Page {
+        /// First frame of the page.
+        gfn: Gfn,
+        /// What it permits.
+        access: Access,
+        /// It was used: only then may it be mapped before it is used again. Always true in formats
+        /// without accessed bits.
+        accessed: bool,
+        /// Its dirty bit.
+        dirty: Dirtiness,
+    },
+}
+
 /// The way to a page through one dimension of tables.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WalkPath {

@@ -19,7 +19,9 @@ use super::mode::{ModeError, PagingMode};
 use super::nested::{NestedTables, TwoDimensionalWalk};
 use super::permit::{Operation, Privilege, Request};
 use super::rules::Rules;
-use super::walk::{Cause, Dirtiness, GuestFault, GuestWalk, NestedFault, WalkError, WalkPath};
+use super::walk::{
+    Cause, Dirtiness, EntryMeaning, GuestFault, GuestWalk, NestedFault, WalkError, WalkPath,
+};
 
 /// The four pointers that PAE paging keeps in registers (KVM row 4.2). Made by
 /// [`GuestWalker::load_pointers`] only: having one tells you that no reserved bit is set in it.
@@ -154,6 +156,12 @@ impl GuestWalker {
     #[must_use]
     pub const fn mode(&self) -> PagingMode {
         self.rules.mode
+    }
+
+    /// What `value` says as an entry of a table of `level`, by itself.
+    #[must_use]
+    pub fn meaning(&self, level: Level, value: u64) -> EntryMeaning {
+        self.rules.meaning(level, value)
     }
 
     /// Load the four pointers of PAE paging from where `cr3` says (KVM row 4.2).
