@@ -214,7 +214,7 @@ fn two_dimensions(
     trace: &mut Trace,
 ) -> End {
     let (machine, access) = (any.machine(), any.access());
-    let nested_root = u64::from(any.nested_root) % PAGES << 12;
+    let nested_root = (u64::from(any.nested_root) % PAGES) << 12;
     let model = NestedMachine::new(machine, format, true);
     let predicted = model.predict(mem, nested_root, roots, any.address, access, trace);
     let nested = nested_walker(&format, true);
@@ -261,7 +261,7 @@ fn after(any: &Any, mem: &Words, trace: &Trace) {
 
 /// A value that says something as an entry: mostly sound, into the memory.
 pub fn plausible(value: u64, choice: u64) -> u64 {
-    let sound = (value % PAGES << 12) | 0x27;
+    let sound = ((value % PAGES) << 12) | 0x27;
     match choice % 16 {
         0 => value,
         1 => sound | 0x80,
