@@ -97,7 +97,8 @@ pub(super) struct Start {
     pub(super) level: Level,
 }
 
-fn halt(cause: Cause, level: Level) -> Stop {
+/// A fault that no permission decided.
+pub(super) fn halt(cause: Cause, level: Level) -> Stop {
     let (access, key) = (Access::empty(), KeyVerdict::Permits);
     Stop::Here(Halt { cause, level, access, key })
 }

@@ -9,7 +9,7 @@ use mmu_core::access::{Access, EptViolation, NpfInfo};
 use mmu_core::addr::{Gpa, Level};
 
 use super::cpu::{EptCpu, GuestControls, GuestCpu};
-use super::descent::{Beneath, Flat, Halt, KeyVerdict, Located, Start, Stop, descend};
+use super::descent::{Beneath, Flat, Halt, KeyVerdict, Located, Start, Stop, descend, halt};
 use super::memory::GuestMem;
 use super::mode::{ModeError, PHYS_BITS, PagingMode};
 use super::permit::{Operation, Privilege, Request};
@@ -118,8 +118,7 @@ impl NestedWalker {
         let start = Start { table: self.rules.table(root), level: self.levels };
         let reach = self.rules.mode.entry_shift(self.levels) + 9;
         let found = if gpa.get() >> reach != 0 {
-            let (access, key) = (Access::empty(), KeyVerdict::Permits);
-            Err(Stop::Here(Halt { cause: Cause::NotPresent, level: self.levels, access, key }))
+            Err(halt(Cause::NotPresent, self.levels))
         } else {
             descend(&self.rules, mem, &Flat, start, gpa.get(), self.check(request))
         };
