@@ -11,6 +11,7 @@ mod guest_support;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 
 use guest_support::pages::Pages;
 use guest_support::{A, D, LINK, NX, PS, machine, nested_walker, request, root, walker};
@@ -20,8 +21,9 @@ use mmu_model::{
     AccessKind, Ept, Format, GuestAccess, GuestMachine, GuestMode, GuestRoots, Npt, Random, Who,
 };
 use shadow_mmu::guest::{
-    Cause, GuestRoot, GuestWalker, MAX_ATTEMPTS, NestedError, NestedRequest, NestedTables,
-    NestedWalker, Operation, Purpose, Request, WalkError, WalkPath,
+    Cause, EntryWidth, Exchange, GuestMem, GuestRoot, GuestWalker, MAX_ATTEMPTS, NestedError,
+    NestedRequest, NestedTables, NestedWalker, NotMemory, Operation, Purpose, Request, WalkError,
+    WalkPath,
 };
 
 /// First table; the ones below follow page by page.
@@ -425,6 +427,92 @@ fn another_cpu_that_changes_entries_for_ever_is_given_up_on() {
         let most = reads.borrow().values().copied().max().unwrap_or(0);
         assert_eq!(most, MAX_ATTEMPTS, "{mode:?}");
     }
+}
+
+/// Four tables in atomic words, and how often a walk has set a bit in the last one's entry.
+struct Shared {
+    words: Vec<AtomicU64>,
+    leaf: usize,
+    dirtied: AtomicU64,
+}
+
+impl GuestMem for Shared {
+    fn read(&self, at: Gpa, _: EntryWidth) -> Result<u64, NotMemory> {
+        let word = self.words.get((at.get() / 8) as usize).ok_or(NotMemory { at })?;
+        Ok(word.load(SeqCst))
+    }
+
+    fn compare_exchange(
+        &self,
+        at: Gpa,
+        _: EntryWidth,
+        old: u64,
+        new: u64,
+    ) -> Result<Exchange, NotMemory> {
+        let index = (at.get() / 8) as usize;
+        let word = self.words.get(index).ok_or(NotMemory { at })?;
+        if word.compare_exchange(old, new, SeqCst, SeqCst).is_err() {
+            return Ok(Exchange::Lost);
+        }
+        if index == self.leaf {
+            assert_eq!(new & !old, if old & A == 0 { A | D } else { D });
+            self.dirtied.fetch_add(1, SeqCst);
+        }
+        Ok(Exchange::Done)
+    }
+}
+
+/// On real threads: one maps one page, another, nothing, in turn; one writes through the tables.
+/// Every dirty bit that a walk has set is in the entry that is taken out, none anywhere else, and a
+/// walk that succeeds leads to one of the two pages.
+#[test]
+fn no_dirty_bit_is_lost_to_another_cpu() {
+    const CHANGES: u64 = 100_000;
+    let address = 0x1234_5678_9abc_u64;
+    let index = |level: u32| address >> (12 + 9 * (level - 1)) & 511;
+    let place = |level: u32| (u64::from(4 - level) * 512 + index(level)) as usize;
+    let words: Vec<AtomicU64> = (0..4 * 512).map(|_| AtomicU64::new(0)).collect();
+    for level in 2..=4 {
+        words[place(level)].store(u64::from(5 - level) << 12 | LINK | A, SeqCst);
+    }
+    let shared = Shared { words, leaf: place(1), dirtied: AtomicU64::new(0) };
+    let done = AtomicBool::new(false);
+    let walker = walker(&machine(GuestMode::FourLevel));
+    let (reached, taken_out) = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| {
+            let write = Request::new(Operation::Write, shadow_mmu::guest::Privilege::User);
+            let mut reached = 0_u64;
+            while !done.load(SeqCst) {
+                match walker.walk(&shared, &GuestRoot::Cr3(0), Gva::new(address), write) {
+                    Ok(walk) => {
+                        assert!([0x77, 0x99].contains(&walk.path.gfn.get()), "{walk:x?}");
+                        reached += 1;
+                    }
+                    Err(WalkError::Fault(fault)) => assert_eq!(fault.cause, Cause::NotPresent),
+                    Err(error) => assert!(matches!(error, WalkError::Contended { .. })),
+                }
+            }
+            reached
+        });
+        let mut taken_out = 0;
+        let leaf = &shared.words[shared.leaf];
+        for change in 0.. {
+            let dirtied = shared.dirtied.load(SeqCst);
+            if change >= CHANGES && (dirtied > 100 || change > 1000 * CHANGES) {
+                break;
+            }
+            let new = [0x77 << 12 | LINK, 0x99 << 12 | LINK, 0][change as usize % 3];
+            let old = leaf.swap(new, SeqCst);
+            taken_out += u64::from(old & D != 0);
+        }
+        done.store(true, SeqCst);
+        (writer.join().expect("the writer ends"), taken_out)
+    });
+    let left = u64::from(shared.words[shared.leaf].load(SeqCst) & D != 0);
+    let dirtied = shared.dirtied.load(SeqCst);
+    assert_eq!(taken_out + left, dirtied);
+    assert!(reached >= dirtied && dirtied > 0, "{reached} {dirtied}");
+    eprintln!("HOSTILE threads: {reached} writes, {dirtied} set a dirty bit, none was lost");
 }
 
 /// Pages of noise as tables: entries lead anywhere, into each other, out of memory, into the nested

@@ -6,10 +6,11 @@
 mod guest_support;
 
 use guest_support::plane::Plane;
-use guest_support::{KERNEL, KINDS, NX, P, U, W, machine, nested_formats};
+use guest_support::{KERNEL, KINDS, NX, P, U, W, machine, nested_formats, request};
 use mmu_core::access::{EptViolation, NpfInfo};
+use mmu_core::addr::Gva;
 use mmu_model::{AccessKind, Format, GuestAccess, GuestMachine, GuestMode, Who};
-use shadow_mmu::guest::{NestedReport, NestedTables, PaePointers, PointerError};
+use shadow_mmu::guest::{GuestRoot, NestedReport, NestedTables, PaePointers, PointerError};
 
 const LONG: u64 = 0x0000_7123_4567_8abc;
 const LOW: u64 = 0x1234_5678;
@@ -131,6 +132,12 @@ fn loads_are_those_of_the_formula() {
             assert_eq!(plane.mem.log.borrow().len(), loads as usize);
             let formula = plane.guest.mode().two_dimensional_reads(plane.nested.mode());
             assert_eq!(formula, loads);
+            let tables = NestedTables::new(&plane.nested, plane.eptp);
+            let asked = request(&plane.machine, access(AccessKind::Read, Who::User));
+            let root = GuestRoot::Cr3(plane.roots.cr3);
+            let gva = Gva::new(plane.address);
+            let target = plane.guest.nested_gva_to_gpa(&plane.mem, &tables, &root, gva, asked);
+            assert_eq!(target, Ok(walk.page.target()), "the emulator asks the same");
         }
     }
 }

@@ -18,9 +18,9 @@ use mmu_core::spte::{Capabilities, LeafSpec, Legacy, SpteConfig};
 use mmu_model::{AccessKind, GuestAccess, GuestMachine, GuestMode, Random, Who};
 use shadow_mmu::guest::{
     Cause, Dirtiness, EntryMeaning, EntryWidth, EptCpu, Exchange, GuestControls, GuestCpu,
-    GuestMem, GuestRoot, GuestWalk, GuestWalker, HostWords, LogFull, NestedError, NestedReport,
-    NestedRequest, NestedWalker, NotMemory, Operation, PagingMode, PointerError, Privilege,
-    Purpose, Request, SlotMem, WalkError, WriteProtect,
+    GuestMem, GuestRoot, GuestWalk, GuestWalker, HostWords, LogFull, ModeError, NestedError,
+    NestedReport, NestedRequest, NestedWalker, NotMemory, Operation, PagingMode, PointerError,
+    Privilege, Purpose, Request, SlotMem, WalkError, WriteProtect,
 };
 
 const ADDRESS: u64 = 0x0000_1234_5678_9abc;
@@ -728,6 +728,27 @@ fn nested_report(
     }
 }
 
+#[test]
+fn nested_tables_that_no_processor_has_are_refused_by_name() {
+    let five = NestedWalker::ept(Level::L5, &EptCpu::baseline());
+    assert_eq!(five, Err(ModeError::NestedLevels { levels: Level::L5 }));
+    let offered = EptCpu { five_levels: true, ..EptCpu::baseline() };
+    let five = NestedWalker::ept(Level::L5, &offered).expect("offered");
+    assert_eq!(five.mode(), PagingMode::Ept { levels: Level::L5 });
+    for levels in [Level::L1, Level::L2, Level::L3] {
+        let refused = NestedWalker::ept(levels, &offered);
+        assert_eq!(refused, Err(ModeError::NestedLevels { levels }));
+    }
+    let wide = EptCpu { max_phys_bits: 53, ..offered };
+    let refused = NestedWalker::ept(Level::L4, &wide);
+    assert_eq!(refused, Err(ModeError::PhysBits { bits: 53 }));
+    // A hypervisor of 32 bits has no NPT of ours.
+    let refused = NestedWalker::npt(&GuestCpu::baseline(), GuestControls::PG);
+    assert_eq!(refused, Err(ModeError::LongModeWithoutPae));
+    let npt = NestedWalker::npt(&GuestCpu::baseline(), GuestControls::LONG).expect("long mode");
+    assert_eq!(npt.mode(), PagingMode::Npt { levels: Level::L4 });
+}
+
 // KVM rows 4.17 and 4.61.
 
 #[test]
@@ -795,7 +816,30 @@ fn errors_name_their_values() {
     let text = error.to_string();
     assert!(text.contains("#PF 0x6") && text.contains("0x123456789abc"), "{text}");
     assert!(text.contains("NotPresent") && text.contains("4K"), "{text}");
-    let mut random = Random::new(1);
-    let gva = Gva::new(random.next_u64() | 1 << 63);
-    assert!(WalkError::NotCanonical { gva }.to_string().contains(&gva.to_string()));
+    let gva = Gva::new(0x8000_1234_5678_9abc);
+    for error in [WalkError::NotCanonical { gva }, WalkError::Contended { gva }] {
+        assert!(error.to_string().contains("0x800012345678"), "{error}");
+    }
+    let request =
+        NestedRequest { operation: Operation::Write, purpose: Purpose::Final(Access::ALL) };
+    let ept = NestedWalker::ept(Level::L4, &EptCpu::baseline()).expect("four levels");
+    let gpa = Gpa::new(0xabc_d000);
+    let error = ept.walk(&Pages::new(), 0x1000, gpa, request).expect_err("no table");
+    let text = error.to_string();
+    assert!(text.contains("NotMemory") && text.contains("0xabcd000"), "{text}");
+    assert!(NestedError::Contended { gpa }.to_string().contains("0xabcd000"));
+    let NestedError::Fault(fault) = error else { panic!("{error}") };
+    let nested = WalkError::Nested { gva, fault }.to_string();
+    assert!(nested.contains("0xabcd000") && nested.contains("0x800012345678"), "{nested}");
+    for (error, part) in [
+        (PointerError::Reserved { index: 2, value: 0x8001 }, "PDPTE 2 is 0x8001"),
+        (PointerError::NotMemory { at: gpa }, "0xabcd000"),
+        (PointerError::Nested(fault), "0xabcd000"),
+        (PointerError::Contended, "nested"),
+        (PointerError::NotPae, "PAE"),
+    ] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    assert!(NotMemory { at: gpa }.to_string().contains("0xabcd000"));
+    assert!(LogFull.to_string().contains("full"));
 }

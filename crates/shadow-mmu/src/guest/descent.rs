@@ -14,7 +14,7 @@ use mmu_core::addr::{Gfn, Gpa, Level, PAGE_SIZE};
 use super::memory::{Exchange, GuestMem};
 use super::permit::{Operation, Request};
 use super::rules::Rules;
-use super::walk::{Cause, Dirtiness, GuestEntry, NestedFault, WalkPath};
+use super::walk::{Cause, Dirtiness, GuestEntry, MAX_WALK_LEVELS, NestedFault, WalkPath};
 
 /// Attempts before a walk gives the vCPU back to the guest. Each lost one means that another CPU
 /// has changed an entry, so the guest as a whole moves on.
@@ -22,39 +22,42 @@ pub const MAX_ATTEMPTS: u32 = 8;
 
 /// Where tables stand: the dimension below.
 pub(super) trait Beneath {
-    /// Where memory has the table entry at `gpa`, whether an accessed bit may be written there, and
-    /// the reads that finding out took.
-    fn locate<M: GuestMem + ?Sized>(&self, mem: &M, gpa: Gpa) -> Result<Located, Stop>;
+    /// What is kept of the place of an entry until it may be changed.
+    type Place: Copy;
 
-    /// The fault of a write to an entry that [`Self::locate`] found unwritable.
-    fn unwritable(&self, place: &Located) -> Stop;
+    /// Where memory has the table entry at `gpa`.
+    fn locate<M: GuestMem + ?Sized>(&self, mem: &M, gpa: Gpa)
+    -> Result<Located<Self::Place>, Stop>;
+
+    /// May an accessed or dirty bit be set there? If not, whose fault that is.
+    fn check_write(&self, place: Self::Place) -> Result<(), Stop>;
 }
 
 /// Where an entry stands.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Located {
-    /// As the walked dimension knows it.
-    pub(super) gpa: Gpa,
+pub(super) struct Located<P> {
     /// In the memory that is read.
     pub(super) at: Gpa,
-    /// What the dimension below permits there.
-    pub(super) access: Access,
+    /// Reads that finding it took.
     pub(super) loads: u32,
+    pub(super) place: P,
 }
 
-/// Tables stand where their addresses say.
+/// Tables stand where their addresses say, and may be changed.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Flat;
 
 impl Beneath for Flat {
+    type Place = ();
+
     #[inline]
-    fn locate<M: GuestMem + ?Sized>(&self, _: &M, gpa: Gpa) -> Result<Located, Stop> {
-        Ok(Located { gpa, at: gpa, access: Access::ALL, loads: 0 })
+    fn locate<M: GuestMem + ?Sized>(&self, _: &M, gpa: Gpa) -> Result<Located<()>, Stop> {
+        Ok(Located { at: gpa, loads: 0, place: () })
     }
 
-    /// Never asked: `locate` permits everything.
-    fn unwritable(&self, _: &Located) -> Stop {
-        Stop::Contended
+    #[inline]
+    fn check_write(&self, (): ()) -> Result<(), Stop> {
+        Ok(())
     }
 }
 
@@ -94,16 +97,17 @@ pub(super) struct Start {
     pub(super) level: Level,
 }
 
-fn halt(cause: Cause, level: Level) -> Stop {
+/// A fault that no permission decided.
+pub(super) fn halt(cause: Cause, level: Level) -> Stop {
     let (access, key) = (Access::empty(), KeyVerdict::Permits);
     Stop::Here(Halt { cause, level, access, key })
 }
 
 /// One attempt's findings, before it is known to hold.
-struct Attempt {
+struct Attempt<P> {
     path: WalkPath,
     /// Beside the entries of `path`.
-    places: ArrayVec<Located, { Level::ALL.len() }>,
+    places: ArrayVec<P, MAX_WALK_LEVELS>,
 }
 
 /// Walk from `start` to the page of `address` (invariant I19).
@@ -149,38 +153,39 @@ fn read_down<M: GuestMem + ?Sized, B: Beneath>(
     beneath: &B,
     start: Start,
     address: u64,
-) -> Result<Attempt, Stop> {
+) -> Result<Attempt<B::Place>, Stop> {
     let mut entries = ArrayVec::new();
     let mut places = ArrayVec::new();
     let (mut level, mut table, mut above) = (start.level, start.table, Access::ALL);
     let mut loads = 0;
     // The level strictly falls, and what is read at level 1 is a leaf.
     loop {
-        let place = beneath.locate(mem, rules.entry_at(table, level, address))?;
-        let read = mem.read(place.at, rules.width);
+        let found = beneath.locate(mem, rules.entry_at(table, level, address))?;
+        let read = mem.read(found.at, rules.width);
         let value = read.map_err(|_| halt(Cause::NotMemory, level))?;
-        loads += place.loads + 1;
+        loads += found.loads + 1;
         if !rules.is_present(value) {
             return Err(halt(Cause::NotPresent, level));
         }
         if rules.is_rejected(level, value) {
             return Err(halt(Cause::Reserved, level));
         }
-        entries.push(GuestEntry { gpa: place.at, level, width: rules.width, above, value });
-        places.push(place);
+        entries.push(GuestEntry { gpa: found.at, level, width: rules.width, above, value });
+        places.push(found.place);
         above &= rules.access(value);
         if rules.is_leaf(level, value) {
             let gfn = rules.frame(level, value, address);
-            return Ok(Attempt { path: found(rules, entries, gfn, level, above, loads), places });
+            return Ok(Attempt { path: path(rules, entries, gfn, level, above, loads), places });
         }
         table = rules.table(value);
         level = level.below();
     }
 }
 
-fn found(
+#[inline]
+fn path(
     rules: &Rules,
-    entries: ArrayVec<GuestEntry, { Level::ALL.len() }>,
+    entries: ArrayVec<GuestEntry, MAX_WALK_LEVELS>,
     gfn: Gfn,
     level: Level,
     access: Access,
@@ -214,7 +219,7 @@ fn mark<M: GuestMem + ?Sized, B: Beneath>(
     rules: &Rules,
     mem: &M,
     beneath: &B,
-    attempt: &mut Attempt,
+    attempt: &mut Attempt<B::Place>,
     address: u64,
     operation: Operation,
 ) -> Result<Exchange, Stop> {
@@ -226,9 +231,7 @@ fn mark<M: GuestMem + ?Sized, B: Beneath>(
         if entry.value & wanted == wanted {
             continue;
         }
-        if !place.access.contains(Access::WRITE) {
-            return Err(beneath.unwritable(place));
-        }
+        beneath.check_write(*place)?;
         if dirties && rules.logs_dirty && entry.value & rules.dirty == 0 {
             // Before the bit is set: a page that is dirty and not in the log would be lost.
             let page = Gpa::new(address & !(PAGE_SIZE - 1));

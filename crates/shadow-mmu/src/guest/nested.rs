@@ -9,7 +9,7 @@ use mmu_core::access::{Access, EptViolation, NpfInfo};
 use mmu_core::addr::{Gpa, Level};
 
 use super::cpu::{EptCpu, GuestControls, GuestCpu};
-use super::descent::{Beneath, Flat, Halt, KeyVerdict, Located, Start, Stop, descend};
+use super::descent::{Beneath, Flat, Halt, KeyVerdict, Located, Start, Stop, descend, halt};
 use super::memory::GuestMem;
 use super::mode::{ModeError, PHYS_BITS, PagingMode};
 use super::permit::{Operation, Privilege, Request};
@@ -118,8 +118,7 @@ impl NestedWalker {
         let start = Start { table: self.rules.table(root), level: self.levels };
         let reach = self.rules.mode.entry_shift(self.levels) + 9;
         let found = if gpa.get() >> reach != 0 {
-            let (access, key) = (Access::empty(), KeyVerdict::Permits);
-            Err(Stop::Here(Halt { cause: Cause::NotPresent, level: self.levels, access, key }))
+            Err(halt(Cause::NotPresent, self.levels))
         } else {
             descend(&self.rules, mem, &Flat, start, gpa.get(), self.check(request))
         };
@@ -295,25 +294,44 @@ impl<'w> NestedTables<'w> {
     }
 }
 
+/// A guest table's entry in the nested dimension.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct NestedPlace {
+    gpa: Gpa,
+    level: Level,
+    access: Access,
+}
+
 impl Beneath for NestedTables<'_> {
-    fn locate<M: GuestMem + ?Sized>(&self, mem: &M, gpa: Gpa) -> Result<Located, Stop> {
+    type Place = NestedPlace;
+
+    fn locate<M: GuestMem + ?Sized>(
+        &self,
+        mem: &M,
+        gpa: Gpa,
+    ) -> Result<Located<NestedPlace>, Stop> {
         let request = NestedRequest { operation: Operation::Read, purpose: self.purpose };
         match self.walker.walk(mem, self.root, gpa, request) {
             Ok(walk) => {
-                let (access, loads) = (walk.path.access, walk.path.loads);
-                Ok(Located { gpa, at: walk.target(), access, loads })
+                let (level, access) = (walk.path.level, walk.path.access);
+                let place = NestedPlace { gpa, level, access };
+                Ok(Located { at: walk.target(), loads: walk.path.loads, place })
             }
             Err(NestedError::Fault(fault)) => Err(Stop::Beneath(fault)),
             Err(NestedError::Contended { .. }) => Err(Stop::Contended),
         }
     }
 
-    /// Reached without accessed and dirty flags only: with them on, the entry could not have been
-    /// read either.
-    fn unwritable(&self, place: &Located) -> Stop {
+    /// Fails for EPT without accessed and dirty flags only: where an access to a guest table counts
+    /// as a write, the entry could not have been read either.
+    fn check_write(&self, place: NestedPlace) -> Result<(), Stop> {
+        if place.access.contains(Access::WRITE) {
+            return Ok(());
+        }
         let request = NestedRequest { operation: Operation::Write, purpose: self.purpose };
-        let (level, key) = (Level::L1, KeyVerdict::Permits);
-        let halt = Halt { cause: Cause::Permission, level, access: place.access, key };
-        Stop::Beneath(self.walker.fault(place.gpa, request, halt))
+        let NestedPlace { level, access, .. } = place;
+        let key = KeyVerdict::Permits;
+        let halt = Halt { cause: Cause::Permission, level, access, key };
+        Err(Stop::Beneath(self.walker.fault(place.gpa, request, halt)))
     }
 }

@@ -13,7 +13,7 @@ use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::{Gfn, Gpa, Gva, Level};
 
 use super::cpu::{GuestControls, GuestCpu};
-use super::descent::{Beneath, Flat, Halt, KeyVerdict, Start, Stop, descend};
+use super::descent::{Beneath, Flat, Halt, KeyVerdict, Start, Stop, descend, halt};
 use super::memory::{EntryWidth, GuestMem};
 use super::mode::{ModeError, PagingMode};
 use super::nested::{NestedTables, TwoDimensionalWalk};
@@ -317,15 +317,9 @@ impl GuestWalker {
         let Some(start) = self.start(root, gva)? else {
             return Ok(unpaged(gva));
         };
-        let absent = Halt {
-            cause: Cause::NotPresent,
-            level: Level::L3,
-            access: Access::empty(),
-            key: KeyVerdict::Permits,
-        };
         let found = match start {
             First::Table(start) => descend(&self.rules, mem, beneath, start, gva.get(), request),
-            First::Absent => Err(Stop::Here(absent)),
+            First::Absent => Err(halt(Cause::NotPresent, Level::L3)),
         };
         match found {
             Ok(path) => Ok(GuestWalk { gva, path }),
