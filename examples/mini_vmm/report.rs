@@ -45,6 +45,8 @@ pub struct Report {
     pub plot: Option<(String, String, String, Vec<Series>)>,
     /// What it draws instead, where there is a picture made for the scenario.
     pub svg: Option<String>,
+    /// What was seen over time, the unit in each key; in JSON only.
+    pub timeline: Vec<serde_json::Value>,
 }
 
 impl Report {
@@ -61,6 +63,7 @@ impl Report {
             metrics: Vec::new(),
             plot: None,
             svg: None,
+            timeline: Vec::new(),
         }
     }
 
@@ -137,6 +140,7 @@ impl Report {
             "checks": checks,
             "counters": counters,
             "metrics": metrics,
+            "timeline": self.timeline,
         })
     }
 
