@@ -94,8 +94,8 @@ impl Machine {
     }
 }
 
-/// The suites that the group `nested` runs: those in which a missing flush shows, and one that shows
-/// that the chain works.
+/// The suites that the group `nested` runs: those in which a missing flush shows, and one that
+/// shows that the chain works.
 const NESTED_SUITES: &str = "faults,flush,aging,zap";
 /// All of them.
 pub(crate) const MACHINES: [Machine; 10] = [

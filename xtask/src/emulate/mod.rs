@@ -10,8 +10,8 @@
 //! | `run` | one run: serial port, time limit |
 //! | `skips` | which checks may be skipped where |
 //!
-//! What the program prints is read by `examples/test_hypervisor/protocol.rs`, its file by mini_vmm's
-//! `nested/image.rs`.
+//! What the program prints is read by `examples/test_hypervisor/protocol.rs`, its file by
+//! mini_vmm's `nested/image.rs`.
 
 #[path = "../../../examples/mini_vmm/nested/image.rs"]
 mod elf;
