@@ -64,8 +64,8 @@ impl<V: Virt> BareVcpu<V> {
         loop {
             // The announcement first, then the question: `TdpVcpu::root_is_current` says why.
             let stale = gates.enter(self.id);
+            stale.into_iter().for_each(|what| self.machine.flush(what));
             if self.loaded && self.tdp.root_is_current() {
-                stale.into_iter().for_each(|what| self.machine.flush(what));
                 let exit = self.machine.run();
                 let logged = self.take_log();
                 gates.leave(self.id);
@@ -75,7 +75,6 @@ impl<V: Virt> BareVcpu<V> {
             let frame = self.tdp.load_root().map_err(Trouble::Root)?;
             let config = mmu.config();
             let (levels, accessed_dirty) = (config.levels(), config.ad_enabled());
-            // Flushes, so that what `stale` said is done.
             self.machine.set_root(Root { frame, levels, accessed_dirty });
             self.loaded = true;
         }
