@@ -97,7 +97,7 @@ fn linear(abilities: &Abilities, context: Context, address: u64) -> Result<(), F
 }
 
 fn all(abilities: &Abilities) -> Result<(), Failed> {
-    if !FORGOTTEN {
+    if !mmu_core::busted!("forget_invept") {
         instr::invept(EPT_ALL, [0, 0])?;
     }
     if abilities.ept_vpid.contains(EptVpid::INVVPID_ALL) {
