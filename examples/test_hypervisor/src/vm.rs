@@ -147,7 +147,7 @@ impl<V: Virt> Vm<V> {
         let (base, hva) = (Gpa::new(gpa), Hva::new(physical));
         let request = SlotRequest { as_id: 0, id, base, bytes, hva, flags };
         let change = self.mmu.set_slot(&mut self.slots.lock(), actor, &request);
-        change.unwrap_or_else(|error| panic!("slot {id}: {error}"))
+        change.unwrap_or_else(|error| panic!("slot {id}: {error}")).change
     }
 
     /// Create the data slot, or give it these flags.

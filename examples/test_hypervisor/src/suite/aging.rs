@@ -1,7 +1,10 @@
-//! Aging: what was touched is young, what was not is old, with a flush to the page.
+//! Aging: what was touched is young, what was not is old, with a flush to the page; and by accessed
+//! bits of links, what nobody walked into is not looked at.
 
 use mmu_core::addr::{GfnRange, Level};
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, CountOnly};
+use mmu_core::traits::{
+    AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest, CountOnly, UpperBits,
+};
 use mmu_core::vm::Actor;
 
 use crate::crowd;
@@ -15,6 +18,7 @@ use crate::vm::{Task, Vm, data_at, data_gfn};
 pub fn run<V: Virt>(lab: &mut Lab<V>) {
     exact(lab);
     huge(lab);
+    upper(lab);
     crowded(lab);
 }
 
@@ -27,7 +31,7 @@ fn age<V: Virt>(
     let mut all = AgeReport::empty(range.start);
     while all.next < range.end {
         let rest = GfnRange::new(all.next, range.end);
-        let request = AgeRequest { range: rest, mode, budget: 600 };
+        let request = AgeRequest::new(rest, mode).with_budget(600);
         all = all.merge(vm.mmu.age(actor, request, &mut CountOnly));
     }
     all
@@ -77,6 +81,45 @@ fn huge<V: Virt>(lab: &mut Lab<V>) {
     lab.went("one-huge-page", vcpu.perform(&Task::pages(Program::Read, data_at(600), 1)));
     let report = age(&vm, &mut actor, range, AgeMode::Test);
     lab.equal("one-huge-page", (report.mapped, report.young), (2048, 512));
+}
+
+/// Accessed bits of links: what nobody walked into is left out, once a flush makes that safe.
+fn upper<V: Virt>(lab: &mut Lab<V>) {
+    let vm = Vm::new(lab, lab.shape(8, Level::L1));
+    let (mut vcpu, mut actor) = (vm.vcpu(0), vm.actor());
+    let range = vm.data_range();
+    let abilities = vm.mmu.abilities();
+    lab.check(
+        "links-have-accessed-bits",
+        abilities.contains(AgeAbilities::UPPER_BITS),
+        format_args!("{abilities:?}"),
+    );
+    let pass = |actor: &mut Actor<BareHost>, mode| {
+        let request = AgeRequest::new(range, mode).with_upper(UpperBits::Use);
+        vm.mmu.age(actor, request, &mut CountOnly)
+    };
+    let all = Task::pages(Program::Write, data_at(0), 2048);
+    lab.went("aging-warm-up", vcpu.perform(&all));
+    let report = pass(&mut actor, AgeMode::ClearFlush);
+    lab.equal("touched-tables-are-entered", (report.young, report.idle), (2048, 0));
+    lab.went("one-page", vcpu.perform(&Task::pages(Program::Read, data_at(600), 1)));
+    let report = pass(&mut actor, AgeMode::ClearFlush);
+    let seen = (report.young, report.mapped, report.idle);
+    lab.equal("untouched-tables-are-left-out", seen, (1, 512, 1536));
+    // Nothing that was cleared without a flush is believed: a CPU may go past a link it cached.
+    lab.went("aging-warm-up", vcpu.perform(&all));
+    let first = pass(&mut actor, AgeMode::Clear);
+    lab.equal("links-cleared-without-a-flush", (first.young, first.idle), (2048, 0));
+    let second = pass(&mut actor, AgeMode::Clear);
+    lab.equal("are-not-believed", (second.young, second.idle), (0, 0));
+    vm.mmu.flush_aged(&mut actor, range);
+    let third = pass(&mut actor, AgeMode::Test);
+    lab.equal("until-they-are-flushed", (third.mapped, third.idle), (0, 2048));
+    lab.went("one-page", vcpu.perform(&Task::pages(Program::Write, data_at(5), 1)));
+    let report = pass(&mut actor, AgeMode::ClearFlush);
+    lab.equal("an-access-after-that-is-seen", (report.young, report.idle), (1, 1536));
+    drop((vcpu, actor));
+    lab.equal("upper-frames-in-use", vm.end(), 0);
 }
 
 fn crowded<V: Virt>(lab: &mut Lab<V>) {

@@ -4,7 +4,7 @@
 use mmu_core::access::Access;
 use mmu_core::addr::Level;
 use mmu_core::spte::SpteFormat;
-use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
+use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly, UpperBits};
 
 use crate::guest::program::Program;
 use crate::lab::Lab;
@@ -29,7 +29,7 @@ pub fn run<V: Virt>(lab: &mut Lab<V>) {
     let alone = links.all(|(_, spte)| spte.raw() & V::Format::ACCESSED == 0);
     lab.check("hardware-leaves-links-alone", alone, format_args!("{way:x?}"));
     let range = vm.data_range();
-    let request = AgeRequest { range, mode: AgeMode::ClearFlush, budget: u64::MAX };
+    let request = AgeRequest::new(range, AgeMode::ClearFlush);
     let first = vm.mmu.age(&mut actor, request, &mut CountOnly);
     lab.equal("written-pages-are-young", (first.mapped, first.young), (8, 8));
     let (level, leaf) = vm.leaf(&mut actor, data_gfn(3));
@@ -45,6 +45,10 @@ pub fn run<V: Virt>(lab: &mut Lab<V>) {
     lab.went(names[1], vcpu.perform(&Task::pages(Program::Read, data_at(3), 1)));
     let second = vm.mmu.age(&mut actor, request, &mut CountOnly);
     lab.equal(names[1], (second.mapped, second.young), (8, 1));
+    // No bits in links either: a pass that asks for them looks at everything.
+    let by_links = request.with_upper(UpperBits::Use);
+    let third = vm.mmu.age(&mut actor, by_links, &mut CountOnly);
+    lab.equal("links-without-bits-hide-nothing", (third.mapped, third.idle), (8, 0));
     lab.went("a-write-comes-back", vcpu.perform(&Task::pages(Program::Write, data_at(3), 1)));
     let (_, leaf) = vm.leaf(&mut actor, data_gfn(3));
     lab.check("a-write-comes-back", config.is_writable(leaf), format_args!("{leaf:x?}"));

@@ -53,7 +53,7 @@ impl Storm {
             0 => drop(vm.mmu.unmap(actor, range)),
             1 | 2 => {
                 let mode = if kind == 1 { AgeMode::Clear } else { AgeMode::ClearFlush };
-                let request = AgeRequest { range, mode, budget: u64::MAX };
+                let request = AgeRequest::new(range, mode);
                 let _ = vm.mmu.age(actor, request, &mut CountOnly);
             }
             3 => drop(vm.mmu.split(actor, 0, range)),
