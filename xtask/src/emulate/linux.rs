@@ -26,7 +26,7 @@ const CD_TOOLS: [(&str, &str); 3] =
 
 /// Console on the serial port, errors only; a panic ends the emulator. The guest is trusted.
 pub(crate) const COMMAND_LINE: &str =
-    "console=ttyS0 quiet loglevel=3 panic=-1 mitigations=off nokaslr tsc=reliable no_timer_check";
+    "console=ttyS0,115200 quiet loglevel=3 panic=-1 mitigations=off nokaslr tsc=reliable";
 
 /// An unpacked kernel package.
 #[derive(Debug)]
@@ -174,8 +174,8 @@ ifconfig lo up
         kvm/parameters/tdp_mmu)
 {script}
 echo \"chain: status $?\"
-# The serial port has a buffer.
-sleep 1
+# The serial port has a buffer of 4 KiB.
+sleep 2
 poweroff -f
 ";
 
