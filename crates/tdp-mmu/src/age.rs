@@ -1,6 +1,7 @@
 //! Aging without a lock: read and clear accessed bits, a table at a time.
 //!
-//! Implements [`AgeRange`] for [`TdpMmu`] (KVM rows 5.1 to 5.9, 5.13). Only an epoch is pinned, for
+//! Implements [`AgeRange`] for [`TdpMmu`] (KVM rows 5.1 to 5.9, 5.13, 5.16, 5.17; upper accessed
+//! bits, row 5.25, are `upper`'s and `unflushed`'s). Only an epoch is pinned, for
 //! at most [`SLICE_ENTRIES`](crate::zap::SLICE_ENTRIES) entries at a time, so aging never waits for
 //! the MMU lock and holds nobody up. Each clearing is one compare-exchange without retry: a lost
 //! one means that the entry is in use or going away, and counts as young (race table R1 to R13).
@@ -51,9 +52,13 @@ impl<F: SpteFormat, H: Host> AgeRange for TdpMmu<F, H> {
         self.assert_own(reader);
         let request = self.possible(request);
         let AgeRequest { range, mode, effort, .. } = request;
-        let writes = mode != AgeMode::Test && effort == Effort::Full;
-        let uses = request.upper == UpperBits::Use;
-        let links = if writes && uses { Links::Clear } else { Links::Leave };
+        let links = match (request.upper, mode, effort) {
+            (UpperBits::Ignore, ..) => Links::Ignore,
+            (UpperBits::Use, AgeMode::Test, _) | (UpperBits::Use, _, Effort::Fast) => {
+                Links::Believe
+            }
+            (UpperBits::Use, ..) => Links::Clear,
+        };
         let Some(mut pass) = self.begin_aging(request, links) else {
             let mut report = AgeReport::empty(range.end);
             tell_unknown(sink, range, &mut report);

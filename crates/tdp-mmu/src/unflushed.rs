@@ -61,7 +61,11 @@ pub(crate) struct Due {
 /// What a call does to links on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Links {
-    Leave,
+    /// They are neither believed nor cleared.
+    Ignore,
+    /// They are believed where that is right.
+    Believe,
+    /// And cleared.
     Clear,
 }
 
@@ -156,6 +160,10 @@ impl Unflushed {
         let others = [NONE; WORKERS];
         let (worker, seen) = (None, 0);
         let mut pass = Pass { mode, effort, worker, hulls: none, others, seen, cleared: none };
+        if mode != AgeMode::Clear && links == Links::Ignore {
+            // Neither asks nor tells anything.
+            return Some(pass);
+        }
         let lock = match effort {
             Effort::Full => self.lock.lock(),
             Effort::Fast => self.lock.try_lock()?,
@@ -315,7 +323,7 @@ mod tests {
 
     /// A call that clears and does not flush, from its begin to its end.
     fn note(all: &Unflushed, over: GfnRange) {
-        all.end(begin(all, over, AgeMode::Clear, Links::Leave));
+        all.end(begin(all, over, AgeMode::Clear, Links::Ignore));
     }
 
     /// A precise pass over a range: what it had to flush besides its own.
@@ -347,7 +355,7 @@ mod tests {
             note(&all, range(10, 20));
             all.flushed(due);
             assert_eq!(precise(&all, range(0, 100)), Some(range(10, 20)), "begun meanwhile");
-            let pass = all.begin(range(10, 20), AgeMode::Clear, Links::Leave, effort);
+            let pass = all.begin(range(10, 20), AgeMode::Clear, Links::Ignore, effort);
             let due = all.due(range(0, 100)).expect("noted");
             all.end(pass.expect("free"));
             all.flushed(due);
@@ -370,7 +378,7 @@ mod tests {
 
     /// What a call believes about the link at `level` for `range(first, last)`.
     fn believed(all: &Unflushed, over: GfnRange, level: Level) -> bool {
-        let mut pass = begin(all, GfnRange::ALL, AgeMode::Test, Links::Leave);
+        let mut pass = begin(all, GfnRange::ALL, AgeMode::Test, Links::Believe);
         let believed = all.trusts(&mut pass, over, level);
         all.end(pass);
         believed
@@ -421,10 +429,12 @@ mod tests {
     fn who_is_fast_does_not_wait() {
         let all = Unflushed::new(mmu_core::sync::relax);
         let lock = all.lock.lock();
-        let begun = all.begin(range(0, 9), AgeMode::Clear, Links::Leave, Effort::Fast);
+        let begun = all.begin(range(0, 9), AgeMode::Clear, Links::Ignore, Effort::Fast);
         assert!(begun.is_none());
+        let look = all.begin(range(0, 9), AgeMode::Test, Links::Ignore, Effort::Full);
+        all.end(look.expect("no lock is needed"));
         drop(lock);
-        let pass = all.begin(range(0, 9), AgeMode::Clear, Links::Leave, Effort::Fast);
+        let pass = all.begin(range(0, 9), AgeMode::Clear, Links::Ignore, Effort::Fast);
         let pass = pass.expect("free");
         let lock = all.lock.lock();
         all.end(pass);
