@@ -285,14 +285,25 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
     }
 
     fn huge(&mut self, step: &Step<'_>) {
+        let (gfn, level, range) = (step.gfn, step.level, step.range());
         let young = self.change.config.is_accessed(step.spte);
-        let pages = step.range().intersection(self.job.range).len();
+        let pages = range.intersection(self.job.range).len();
         self.report.mapped += pages;
         if young {
             self.report.young += pages;
-            self.clear(step.cell, step.spte, step.gfn, step.level);
+            if self.job.mode != AgeMode::Test {
+                self.clear(step.cell, step.spte, gfn, level);
+            }
+            match self.job.mode {
+                AgeMode::ClearFlush => self.change.owe(self.work.debt, range),
+                // Cleared as a whole, and so hidden as a whole.
+                AgeMode::Clear if !self.job.range.covers(range) => {
+                    self.work.pass.note(range, Level::L1);
+                }
+                AgeMode::Clear | AgeMode::Test => {}
+            }
         }
-        self.work.sink.huge(step.gfn, step.level, young);
+        self.work.sink.huge(gfn, level, young);
     }
 
     /// The loop that aging lives from: lines of eight entries read at once, a write only where the
@@ -300,10 +311,13 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
     fn table(&mut self, table: &LeafTable<'_>) {
         let mut present = [0u64; MASK_WORDS];
         let mut young = [0u64; MASK_WORDS];
-        self.report.entries += mmu_core::addr::to_u64(table.count);
+        self.report.entries += to_u64(table.count);
+        // The table after this one is fetched ahead, unless it will be left out.
+        let all = self.job.upper == UpperBits::Ignore;
+        let next = table.next.filter(|_| all || self.change.config.is_accessed(table.next_link));
         let words = table.table.entries().chunks(scan::WORD);
         for (word, (cells, (p, y))) in words.zip(present.iter_mut().zip(&mut young)).enumerate() {
-            scan::fetch(table.next, word);
+            scan::fetch(next, word);
             let window = scan::window(word, table.first, table.first + table.count);
             if window == 0 {
                 continue;
@@ -312,7 +326,7 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
             *p = is_present & window;
             *y = is_young & window;
             if *y != 0 && self.job.mode != AgeMode::Test {
-                let first = mmu_core::addr::to_u64(word * scan::WORD);
+                let first = to_u64(word * scan::WORD);
                 self.clear_word(cells, *y, table.base.saturating_add(first));
             }
         }
@@ -321,31 +335,28 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
         self.work.sink.table(table.base, &present, &young);
     }
 
-    /// Clear the entries of `cells` that `young` has; `base` is the gfn of the first.
-    fn clear_word(&mut self, cells: &[SpteCell], mut young: u64, base: Gfn) {
-        while young != 0 {
-            let bit = young.trailing_zeros();
-            young &= young - 1;
+    /// Clear the entries of `cells` that `young` has; `base` is the gfn of the first. Flushes are
+    /// owed at once, from the first to the last of them.
+    fn clear_word(&mut self, cells: &[SpteCell], young: u64, base: Gfn) {
+        let mut rest = young;
+        while rest != 0 {
+            let bit = rest.trailing_zeros();
+            rest &= rest - 1;
             if let Some(cell) = cells.get(usize::try_from(bit).unwrap_or(0)) {
                 self.clear(cell, cell.peek(), base.saturating_add(u64::from(bit)), Level::L1);
             }
         }
+        if self.job.mode == AgeMode::ClearFlush {
+            let first = base.saturating_add(u64::from(young.trailing_zeros()));
+            let end = base.saturating_add(scan::PAGES - u64::from(young.leading_zeros()));
+            let count = u64::from(young.count_ones());
+            self.change.owe_many(self.work.debt, GfnRange::new(first, end), count);
+        }
     }
 
+    #[inline(always)]
     fn clear(&mut self, cell: &SpteCell, old: Spte, gfn: Gfn, level: Level) {
-        if self.job.mode == AgeMode::Test {
-            return;
-        }
-        if !self.change.age(cell, old, gfn, level) {
-            self.report.lost += 1;
-        }
-        let range = GfnRange::from_len(gfn, level.pages());
-        if self.job.mode == AgeMode::ClearFlush {
-            self.change.owe(self.work.debt, range);
-        } else if !self.job.range.covers(range) {
-            // Cleared as a whole, and so hidden as a whole.
-            self.work.pass.note(range, Level::L1);
-        }
+        self.report.lost += u64::from(!self.change.age(cell, old, gfn, level));
     }
 }
 

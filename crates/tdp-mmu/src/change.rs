@@ -435,8 +435,7 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
     fn owe_run(&self, taken: &mut Taken, debt: &mut FlushDebt) {
         let pages = taken.run.len();
         if pages != 0 && cfg!(not(busted = "zap_without_flush")) {
-            self.stats.add(Counter::FlushOwed, pages);
-            debt.owe_many(taken.run, pages);
+            self.owe_many(debt, taken.run, pages);
         }
         taken.run = GfnRange::new(taken.run.end, taken.run.end);
     }
@@ -454,8 +453,13 @@ impl<'a, F: SpteFormat, H: Host> Change<'a, F, H> {
 
     /// Owe a flush for one change, counted.
     pub(crate) fn owe(&self, debt: &mut FlushDebt, range: GfnRange) {
-        self.stats.inc(Counter::FlushOwed);
-        debt.owe(range);
+        self.owe_many(debt, range, 1);
+    }
+
+    /// Owe a flush for `changes` in `range`, counted.
+    pub(crate) fn owe_many(&self, debt: &mut FlushDebt, range: GfnRange, changes: u64) {
+        self.stats.add(Counter::FlushOwed, changes);
+        debt.owe_many(range, changes);
     }
 
     /// Freeze a table that was just unlinked, and everything under it, so that no fault that is

@@ -215,18 +215,21 @@ impl<'g, P: PhysMap> TdpIter<'g, P> {
         let first = inside.start.index(Level::L1);
         let count = usize::try_from(inside.len()).unwrap_or(0).min(ENTRIES - first);
         let table = self.pool.table(self.section, self.frame(step.spte));
-        Some(LeafTable { table, base: step.gfn, first, count, next: self.next_table() })
+        let next_link = self.next_link();
+        let next = next_link.map(|link| self.pool.table(self.section, self.frame(link)));
+        let next_link = next_link.unwrap_or(Spte::EMPTY);
+        Some(LeafTable { table, base: step.gfn, first, count, next, next_link })
     }
 
-    /// The child of the entry after the current one, if that is a link: what a scan comes to next.
+    /// The entry after the current one, if it is a link: what a scan comes to next.
     #[inline]
-    fn next_table(&self) -> Option<&'g PageTable> {
+    fn next_link(&self) -> Option<Spte> {
         if cfg!(loom) {
             // A hint is not worth the interleavings.
             return None;
         }
         let link = self.table()?.entries().get(self.gfn.index(self.level) + 1)?.load();
-        link.is_table(self.level).then(|| self.pool.table(self.section, self.frame(link)))
+        link.is_table(self.level).then_some(link)
     }
 
     #[inline]
@@ -336,6 +339,8 @@ pub struct LeafTable<'g> {
     pub count: usize,
     /// The table for the gfns after this one's, if the walk met it: to be fetched ahead.
     pub next: Option<&'g PageTable>,
+    /// The link to that table as it was then; empty without one.
+    pub next_link: Spte,
 }
 
 impl<'g> LeafTable<'g> {
