@@ -155,6 +155,10 @@ mod tests {
             assert!(filters.contains(next, gfn(seq.get())));
             if seq.get() > 3 {
                 assert!(filters.contains(seq, gfn(seq.get() - 1)), "what the last pass wrote");
+                assert!(
+                    !filters.contains(seq, gfn(500)),
+                    "and only that, while the next is filled"
+                );
                 assert!(!filters.contains(next, gfn(seq.get() - 1)), "emptied before it is filled");
             }
             // A pass that was dropped and starts again keeps what it knew.

@@ -83,7 +83,10 @@ struct List {
     last: Option<u32>,
 }
 
-/// See the [module](self).
+/// Turns among many VMs that share one aging or evicting thread (KVM row 5.34): round robin in
+/// rounds, so that nobody starts a second one while another waits for its first; a turn is worth
+/// table entries by weight, and what it spent too much or too little counts in the next. One owner,
+/// no lock; nothing is allocated after [`Fleet::new`].
 #[derive(Debug)]
 pub struct Fleet {
     members: Box<[Member]>,

@@ -166,8 +166,8 @@ pub struct PassReport {
 /// became huge is as young as its youngest page was, and referenced if any was; one that was split
 /// hands its state to each page.
 ///
-/// Requires of the MMU: what [`AgeSink`] says, and that a level-1 table is answered as a whole
-/// inside the requested range.
+/// Requires of the MMU: what [`AgeSink`](mmu_core::traits::AgeSink) says, and that a level-1 table
+/// is answered as a whole inside the requested range.
 #[derive(Debug)]
 pub struct AgePass<'t> {
     editor: AgeEditor<'t>,
