@@ -23,9 +23,9 @@ use crate::error::ShadowError;
 use crate::guest::{
     GuestEntry, GuestMem, GuestWalk, GuestWalker, Operation, Privilege, Request, WalkPath,
 };
-use crate::page::{NewPage, Shadowed};
+use crate::page::{NewPage, ShadowPage, Shadowed};
 use crate::rmap::{MAX_ALIASES, RmapKey};
-use crate::role::{ChildShape, PageRole};
+use crate::role::{ChildShape, PageRole, RoleFlags};
 use crate::spte_ref::{PageId, SpteRef};
 use crate::sync::Synced;
 use crate::vcpu::ShadowVcpu;
@@ -119,11 +119,14 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     ) -> Result<Result<Target<'a>, FaultOutcome>, FaultError> {
         let (path, space) = (&walk.path, self.role.space());
         let gfn = path.gfn;
+        // Without paging addresses have 32 bits, which is what our tables are sure to tell apart.
+        let unpaged = path.entries.is_empty().then_some(Gfn::new(1 << 20));
         let max_gfn = self.mmu.config().max_gfn_exclusive();
+        let max_gfn = unpaged.unwrap_or(max_gfn).min(max_gfn);
         if gfn >= max_gfn {
             return Err(FaultError::BeyondPhysical { gpa: gfn.address(), max_gfn });
         }
-        let Some(root) = self.root else { return Err(FaultError::NoRoot) };
+        let Some(root) = self.page() else { return Err(FaultError::NoRoot) };
         if let Some(reason) = self.actor.vm().is_dead() {
             return Err(FaultError::Dead { reason });
         }
@@ -153,9 +156,12 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if page.pfn >= self.mmu.config().max_pfn_exclusive() {
             return Err(FaultError::BadHostPage { gfn, pfn: page.pfn.get() });
         }
+        let access = guest.shadow_access(walk, request);
         let logged = slot.logs_dirty();
-        let cap = if logged { Level::L1 } else { self.mmu.config().max_leaf_level() };
-        let cap = cap.min(path.level).min(page.level);
+        // A huge leaf without X would be asked for X for ever.
+        let small = logged || (self.mmu.config().nx_huge_pages() && access.contains(Access::EXEC));
+        let cap = if small { Level::L1 } else { self.mmu.config().max_leaf_level() };
+        let cap = self.untracked(gfn, cap.min(path.level).min(page.level));
         let congruent = |level: Level| (gfn.get() ^ page.pfn.get()) & (level.pages() - 1) == 0;
         let mut goal = slot::max_level(&slot, gfn, cap);
         while !congruent(goal) {
@@ -165,7 +171,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         Ok(Ok(Target {
             gva: walk.gva,
             path,
-            access: guest.shadow_access(walk, request),
+            access,
             needed: needed(request),
             write,
             prefetch: false,
@@ -176,6 +182,22 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             snapshot,
             root,
         }))
+    }
+
+    /// The largest level, at most `cap`, at which no page lies whose writes somebody wants to see,
+    /// in any address space (KVM row 6.16).
+    fn untracked(&mut self, gfn: Gfn, cap: Level) -> Level {
+        let work = self.actor.pinned();
+        if !work.vm.slots().tracks_writes() {
+            return cap;
+        }
+        let slots = work.vm.slots().read(&work.section);
+        (0..slot::MAX_ADDRESS_SPACES).fold(cap, |cap, space| {
+            let slot = slots.find(space, gfn);
+            let meta = slot.and_then(|slot| slots.meta(space, slot.id));
+            let track = meta.and_then(|meta| meta.track()).filter(|track| track.is_used());
+            track.map_or(cap, |track| track.max_level(gfn, cap))
+        })
     }
 
     /// The host has no page: an error, unless what was asked for is not true any more.
@@ -232,7 +254,8 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
         let tables = path.entries.iter().map(|entry| Gfn::containing(entry.gpa));
         self.reserve_pages(PAGES_PER_FAULT, role.space(), tables)?;
         let space = role.space();
-        for level in [Level::L1, target.goal] {
+        // Any up to the goal: tables with a shadow may be in the way of a huge leaf.
+        for level in Level::ALL.into_iter().filter(|level| *level <= target.goal) {
             self.rmap.reserve(RmapKey { space, level, gfn: path.gfn })?;
         }
         // One for the leaf's list, too.
@@ -249,11 +272,10 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         mem: &M,
         target: &Target<'_>,
     ) -> Attempt {
-        let level = self.writer.blocks.max_level(target.path.gfn, target.goal);
-        let pages = GfnRange::entry(target.path.gfn, level);
+        let pages = GfnRange::entry(target.path.gfn, target.goal);
         if self.vm.slots().generation() != target.generation
             || self.vm.notify().must_retry(self.section, target.snapshot, pages)
-            || !self.is_current(target.root)
+            || !self.may_start(target)
         {
             return Attempt::Done(FaultOutcome::Retry);
         }
@@ -272,8 +294,11 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             };
             // Used: no flood of writes to it (KVM row 4.53).
             page.writes = 0;
-            let place = SpteRef::new(at, shadow_index(target.gva, page.level()));
-            if page.level() == level {
+            let level = page.level();
+            let place = SpteRef::new(at, shadow_index(target.gva, level));
+            // Asked anew at each level: the tables that this attempt makes shadows of may lie in
+            // the very page that is to be mapped.
+            if level == self.writer.blocks.max_level(target.path.gfn, target.goal) {
                 return self.install_leaf(place, target, level);
             }
             match self.step_down(cache, guest, mem, place, target) {
@@ -300,13 +325,12 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         PAGES_PER_FAULT
     }
 
-    /// Is the page one that a vCPU may start from?
-    pub(crate) fn is_current(&self, root: PageId) -> bool {
-        let generation = self.writer.generation;
-        let current = |page: &crate::page::ShadowPage| {
-            page.generation == generation && !page.role.has(crate::role::RoleFlags::INVALID)
-        };
-        self.writer.pages.get(root).is_some_and(current)
+    /// Does the root still stand for the tables that the walk began with?
+    fn may_start(&self, target: &Target<'_>) -> bool {
+        let Some(root) = self.writer.pages.get(target.root) else { return false };
+        let first = entry_at(target.path, root.level());
+        let same = first.is_none_or(|entry| Gfn::containing(entry.gpa) == root.gfn);
+        self.writer.is_current(target.root) && same
     }
 
     /// The page that the entry must link, linked.
@@ -323,17 +347,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             return Err(Attempt::Done(FaultOutcome::Retry));
         };
         let (level, path) = (parent.level(), target.path);
-        let index = place.index();
-        let (gfn, role) = match entry_below(path, level) {
-            Some(entry) => {
-                let role = parent.role.child(index, entry.above, ChildShape::Shadow);
-                (Gfn::containing(entry.gpa), role)
-            }
-            None => {
-                let role = parent.role.child(index, target.access, ChildShape::Direct);
-                (path.gfn.align_down(level), role)
-            }
-        };
+        let (gfn, role) = child_of(parent, place.index(), target);
         if let Some(child) = self.linked_child(place, level)? {
             let page = self.writer.pages.get(child);
             if page.is_some_and(|page| page.gfn == gfn && page.role == role) {
@@ -344,7 +358,10 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             let _ = self.drop_entry(place);
             return Err(Attempt::Again);
         }
-        let child = match self.writer.pages.find(gfn, role, self.writer.generation) {
+        // What passes through is this vCPU's alone, and not found.
+        let shared = !role.has(RoleFlags::PASSTHROUGH);
+        let found = self.writer.pages.find(gfn, role, self.writer.generation);
+        let child = match found.filter(|_| shared) {
             Some(child) => child,
             None => self.make_page(cache, gfn, role)?,
         };
@@ -405,7 +422,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         self.writer.mmu.set_frame(page, Some(frame));
         self.shard.inc(Counter::Tables);
         self.writer.stats.pages_made += 1;
-        if self.writer.pages.get(page).is_some_and(crate::page::ShadowPage::shadows_a_table) {
+        if self.writer.pages.get(page).is_some_and(ShadowPage::shadows_a_table) {
             self.account(role.space(), gfn);
         }
         Ok(page)
@@ -448,6 +465,24 @@ pub(crate) fn shadow_index(gva: Gva, level: Level) -> usize {
 /// any more.
 pub(crate) fn entry_at(path: &WalkPath, level: Level) -> Option<&GuestEntry> {
     path.entries.iter().find(|entry| entry.level == level)
+}
+
+/// What the entry of `parent` must link on the way to the target: a shadow of the guest's table;
+/// above those another table that passes through, below them one that maps memory in a row.
+fn child_of(parent: &ShadowPage, index: usize, target: &Target<'_>) -> (Gfn, PageRole) {
+    let (level, path) = (parent.level(), target.path);
+    if let Some(entry) = entry_below(path, level) {
+        let role = parent.role.child(index, entry.above, ChildShape::Shadow);
+        return (Gfn::containing(entry.gpa), role);
+    }
+    if parent.role.has(RoleFlags::PASSTHROUGH) {
+        let role = parent.role.child(index, Access::ALL, ChildShape::Shadow);
+        let flags = role.flags().union(RoleFlags::PASSTHROUGH);
+        return (parent.gfn, role.with_flags(flags));
+    }
+    // The whole row permits what the guest's leaf does (KVM row 4.25).
+    let role = parent.role.child(index, target.access, ChildShape::Direct);
+    (path.gfn.align_down(level), role)
 }
 
 /// The guest's entry one level lower, whose table a child shadows.

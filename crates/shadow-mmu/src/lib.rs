@@ -14,8 +14,8 @@
 //! 5. **A bound on everything.** The guest chooses its tables: walks end, chains are cut, pages
 //!    have a quota, work is done in slices.
 //!
-//! Reading order: [`guest`] (walks over the guest's tables); [`role`], `page` (what a shadow page
-//! is); [`writer`] (who changes them), `change` (the one place that writes entries), `fetch`
+//! Reading order: [`guest`] (walks over the guest's tables); [`role`], `root`, `page` (what a
+//! shadow page is); [`writer`] (who changes them), `change` (the one place that writes entries), `fetch`
 //! (faults); `sync`, `track` (following the guest's writes); `parent`, [`rmap`] (ways back);
 //! [`zap`], [`reclaim`] (taking away); [`check`] (does it all agree?). The standard is section 4 of
 //! `docs/KVM_PARITY.md`.
@@ -46,6 +46,7 @@ pub mod reclaim;
 pub mod retry;
 pub mod rmap;
 pub mod role;
+mod root;
 mod spte_ref;
 pub mod stats;
 mod sync;

@@ -17,6 +17,7 @@ use mmu_core::traits::Host;
 use crate::guest::{GuestLeaf, GuestMem, GuestWalker};
 use crate::page::{ShadowPage, Shadowed};
 use crate::role::RoleFlags;
+use crate::root::reads;
 use crate::spte_ref::{PageId, SpteRef};
 use crate::writer::Work;
 
@@ -137,6 +138,10 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             return true;
         }
         let Some(page) = self.writer.pages.get(spte.page()) else { return true };
+        if !reads(guest, page.role) {
+            let _ = self.drop_entry(spte);
+            return true;
+        }
         let (at, width) = (entry_address(page, spte.index()), guest.width());
         let (role, shadowed) = (page.role, page.shadowed(spte.index()));
         let Ok(value) = mem.read(at, width) else { return false };

@@ -28,6 +28,22 @@ impl GuestWalker {
         self.rules().width
     }
 
+    /// The table that a CR3 names.
+    pub(crate) const fn table(&self, cr3: u64) -> Gfn {
+        Gfn::containing(self.rules().table(cr3))
+    }
+
+    /// Does bit 7 of a level-2 entry make it a page?
+    pub(crate) fn has_large_pages(&self) -> bool {
+        self.rules().is_leaf(Level::L2, 1 << 7)
+    }
+
+    /// Does the format have a no-execute bit?
+    pub(crate) fn has_no_execute(&self) -> bool {
+        let no_execute = 1 | 1 << 63;
+        self.width() == EntryWidth::Eight && !self.rules().is_rejected(Level::L1, no_execute)
+    }
+
     /// What an entry at level 1 of a table says; `None` if it is not present or rejected.
     pub(crate) fn leaf(&self, value: u64) -> Option<GuestLeaf> {
         let rules = self.rules();
