@@ -432,9 +432,9 @@ fn aging_completes_while_somebody_holds_the_mmu_lock<S: Subject>() {
 }
 
 macro_rules! suite {
-    ($($check:ident),* $(,)?) => {
+    ($($(#[$test:meta])* fn $check:ident();)*) => {
         mod suite {
-            $(#[test]
+            $($(#[$test])*
             fn $check() {
                 super::$check::<super::EptTables>();
                 super::$check::<super::TrackedTables>();
@@ -447,12 +447,18 @@ macro_rules! suite {
 }
 
 suite! {
-    exactly_what_was_touched,
-    slices_and_questions_agree,
-    fast_calls_keep_their_bound,
-    caches_hide_until_a_flush,
-    answers_are_told_apart,
-    aging_completes_while_somebody_holds_the_mmu_lock,
+    #[test]
+    fn exactly_what_was_touched();
+    #[test]
+    fn slices_and_questions_agree();
+    #[test]
+    fn fast_calls_keep_their_bound();
+    #[test]
+    fn caches_hide_until_a_flush();
+    #[test]
+    fn answers_are_told_apart();
+    #[test]
+    fn aging_completes_while_somebody_holds_the_mmu_lock();
 }
 
 /// Which MMU is fast is known at run time, and changes.

@@ -817,3 +817,22 @@ fn an_unexpected_exit_is_told_with_registers() {
     assert!(detail.contains("triple fault") && detail.contains("rip"), "{detail}");
     eprintln!("{detail}");
 }
+
+#[test]
+fn memory_that_is_given_back_is_free_and_zero() {
+    let Some(world) = World::new("memory_that_is_given_back_is_free_and_zero", 1, 8) else {
+        return;
+    };
+    let data = world.layout.data.clone();
+    let memory = world.machine.memory();
+    data.clone().for_each(|page| memory.store(page * PAGE + 8, page));
+    let before = world.machine.allocated().expect("a count");
+    for pages in [data.start + 2..data.start + 4, data.end - 1..data.end + 9, 1 << 40..1 << 41] {
+        world.machine.give_back(&pages).expect("a hole");
+    }
+    assert_eq!(world.machine.allocated().expect("a count"), before - 3 * PAGE);
+    for page in data.clone() {
+        let expected = if [2, 3, 7].contains(&(page - data.start)) { 0 } else { page };
+        assert_eq!(memory.load(page * PAGE + 8), expected, "page {page}");
+    }
+}

@@ -33,8 +33,8 @@ struct State {
     blocked: BTreeSet<Place>,
     /// Blocked, and a processor may have the page in its TLB.
     cached: BTreeSet<Place>,
-    /// Links that are gone, and that a processor may have cached.
-    freed: BTreeSet<Place>,
+    /// Tables whose links are gone, which a processor may have cached.
+    freed: BTreeMap<Pfn, Place>,
     calls: u64,
     /// The call that fails, from 1; 0 for none.
     fails: u64,
@@ -114,7 +114,7 @@ impl ExternalTable for Reference {
         assert!(!state.entries.keys().any(inside), "free {at:?}, which is not empty");
         state.call()?;
         assert_eq!(state.entries.remove(&at), Some(Entry::Table(table)), "free {at:?}");
-        state.freed.insert(at);
+        state.freed.insert(table, at);
         Ok(())
     }
 }
@@ -136,7 +136,12 @@ impl<F: Modelled> Mirror<F> {
             let covered = |at: &Place, pages: u64| batch.covers(GfnRange::from_len(at.gfn, pages));
             let mut state = flushed.0.lock().unwrap();
             state.cached.retain(|at| !covered(at, 1));
-            state.freed.retain(|at| !covered(at, at.level.pages()));
+            // The flush that a table waits for is the one that names it.
+            for table in &batch.tables {
+                if state.freed.get(table).is_some_and(|at| covered(at, at.level.pages())) {
+                    state.freed.remove(table);
+                }
+            }
         })));
         guest.vcpu.load_root().expect("a frame for the root");
         guest.host().set_resolver(linear(Level::L3));

@@ -17,7 +17,9 @@ use mmu_core::addr::{Gfn, GfnRange, Level, Pfn};
 use mmu_core::fault::{FaultOutcome, PageFault};
 use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{Capabilities, Ept, Legacy, Npt, SpteFormat};
-use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly, HostPage, ResolveError};
+use mmu_core::traits::{
+    AgeMode, AgeRange, AgeRequest, CountOnly, HostPage, ResolveError, UpperBits,
+};
 use mmu_model::{AccessKind, Caches, FaultKind, Random, SoftCpu};
 use tdp_mmu::{TdpMmu, TdpVcpu};
 
@@ -167,11 +169,13 @@ fn age<F: SpteFormat>(mmu: &TdpMmu<F, TestHost>, stop: &AtomicBool) -> u64 {
     let _stop = StopOnDrop(stop);
     let mut young = 0;
     let modes = [AgeMode::Clear, AgeMode::Test, AgeMode::Clear, AgeMode::ClearFlush];
-    for mode in modes.into_iter().cycle() {
+    let uses = [UpperBits::Ignore, UpperBits::Use];
+    let asks = uses.into_iter().flat_map(|upper| modes.map(|mode| (mode, upper)));
+    for (mode, upper) in asks.cycle() {
         if stop.load(Ordering::Acquire) {
             break;
         }
-        let request = AgeRequest::new(GfnRange::ALL, mode);
+        let request = AgeRequest::new(GfnRange::ALL, mode).with_upper(upper);
         young += mmu.age(&mut actor, request, &mut CountOnly).young;
         std::thread::yield_now();
     }

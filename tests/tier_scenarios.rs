@@ -178,8 +178,8 @@ fn accesses_that_are_not_seen_fail_or_warn() {
         let base = Options { memory: Some(4 << 20), ..options(CpuChoice::Soft) };
         let trial = Trial::ForgetFlushes;
         let report = tracked(&Options { generations, warn_only, trial, ..base });
-        let failed: Vec<_> =
-            report.checks.iter().filter(|check| !check.ok).map(|check| check.name).collect();
+        let failed: Vec<&str> =
+            report.checks.iter().filter(|check| !check.ok).map(|check| &*check.name).collect();
         let expected: &[&str] = if warn_only > 0 { &[] } else { &["nine-of-ten-accesses-seen"] };
         assert_eq!(failed, expected, "-l {generations} -w {warn_only}");
     }

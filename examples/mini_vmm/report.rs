@@ -46,6 +46,8 @@ pub struct Report {
     pub plot: Option<(String, String, String, Vec<Series>)>,
     /// What it draws instead, where there is a picture made for the scenario.
     pub svg: Option<String>,
+    /// What was seen over time, the unit in each key; in JSON only.
+    pub timeline: Vec<serde_json::Value>,
 }
 
 impl Report {
@@ -62,6 +64,7 @@ impl Report {
             metrics: Vec::new(),
             plot: None,
             svg: None,
+            timeline: Vec::new(),
         }
     }
 
@@ -143,6 +146,7 @@ impl Report {
             "checks": checks,
             "counters": counters,
             "metrics": metrics,
+            "timeline": self.timeline,
         })
     }
 

@@ -140,8 +140,9 @@ impl<'t> AgeEditor<'t> {
         let leaf = GfnRange::entry(range.start, Level::L3);
         let Some(region) = self.table.region_at(range.start) else { return };
         for rest in [GfnRange::new(leaf.start, range.start), GfnRange::new(range.end, leaf.end)] {
-            #[cfg(not(busted = "parts_kept_apart"))]
-            self.touch_leaf(region, rest, Level::L3, rules, counts);
+            if !mmu_core::busted!("parts_kept_apart") {
+                self.touch_leaf(region, rest, Level::L3, rules, counts);
+            }
         }
     }
 

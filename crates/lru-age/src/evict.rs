@@ -142,10 +142,7 @@ impl<'t> Walk<'t> {
 
     /// Is a label still what it was when the walk began? Asked after every label that was read.
     fn is_current(&self) -> bool {
-        #[cfg(busted = "labels_trusted")]
-        return true;
-        #[cfg(not(busted = "labels_trusted"))]
-        return self.window == self.table.window();
+        mmu_core::busted!("labels_trusted") || self.window == self.table.window()
     }
 
     /// Go to the next block, from the current one on, that the generation's map names.

@@ -61,11 +61,9 @@ impl Filters {
         }
     }
 
-    const fn of(&self, seq: Seq) -> &Filter {
+    fn of(&self, seq: Seq) -> &Filter {
         let [even, odd] = &self.0;
-        #[cfg(busted = "one_filter")]
-        let (seq, odd) = (Seq::new(0), even);
-        if seq.get() % 2 == 0 { even } else { odd }
+        if seq.get() % 2 == 0 || mmu_core::busted!("one_filter") { even } else { odd }
     }
 }
 

@@ -50,12 +50,16 @@ impl<'t> ScanPlan<'t> {
         }
         // ORDERING[age-plan]: Relaxed. Pairs with the load above and itself: each number is given
         // out once, and what it names does not change while the plan borrows the table.
-        #[cfg(not(busted = "claim_by_store"))]
-        let mut part = self.claimed.fetch_add(1, Ordering::Relaxed);
-        #[cfg(busted = "claim_by_store")]
-        let mut part = self.claimed.load(Ordering::Relaxed);
-        #[cfg(busted = "claim_by_store")]
-        self.claimed.store(part + 1, Ordering::Relaxed);
+        let mut part = if mmu_core::busted!("claim_by_store") {
+            // ORDERING[age-plan]: Relaxed. The mutant's read.
+            let part = self.claimed.load(Ordering::Relaxed);
+            // ORDERING[age-plan]: Relaxed. The mutant's store.
+            self.claimed.store(part + 1, Ordering::Relaxed);
+            part
+        } else {
+            // ORDERING[age-plan]: Relaxed. As above.
+            self.claimed.fetch_add(1, Ordering::Relaxed)
+        };
         for region in self.table.regions() {
             let parts = region.len().div_ceil(self.size);
             if part < parts {

@@ -184,9 +184,10 @@ impl AgeEditor<'_> {
                 policy.protected(&victim, moved);
                 continue;
             }
-            let look = self.look_around(&victim, mmu, reader, options.look);
-            #[cfg(busted = "evict_unchecked")]
-            let look = crate::LookAround { verdict: Recheck::Cold, ..look };
+            let mut look = self.look_around(&victim, mmu, reader, options.look);
+            if mmu_core::busted!("evict_unchecked") {
+                look.verdict = Recheck::Cold;
+            }
             run.report.promoted += look.counts.promoted;
             match look.verdict {
                 Recheck::Cold => {}

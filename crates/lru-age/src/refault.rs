@@ -169,10 +169,11 @@ impl Refaults {
             // ORDERING[age-refault]: AcqRel. Pairs with Acquire in `take`. Publishes: what the
             // evictor did to the page before. An exchange and not a store: it comes before or after
             // a taking of the entry that it replaces, and is itself not taken back by it.
-            #[cfg(not(busted = "remember_by_store"))]
-            let _ = cell.swap(entry, Ordering::AcqRel);
-            #[cfg(busted = "remember_by_store")]
-            cell.store(entry, Ordering::Release);
+            if mmu_core::busted!("remember_by_store") {
+                cell.store(entry, Ordering::Release);
+            } else {
+                let _ = cell.swap(entry, Ordering::AcqRel);
+            }
         }
     }
 

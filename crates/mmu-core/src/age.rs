@@ -396,3 +396,93 @@ fn or(bits: &mut [u64], index: u64, mask: u64) {
         *word |= mask;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> GfnRange {
+        GfnRange::new(Gfn::new(start), Gfn::new(end))
+    }
+
+    fn bits(words: &[u64]) -> alloc::vec::Vec<u64> {
+        let all = 0..to_u64(words.len()) * WORD;
+        all.filter(|bit| {
+            words.get(to_index(bit / WORD)).is_some_and(|w| w >> (bit % WORD) & 1 == 1)
+        })
+        .collect()
+    }
+
+    #[test]
+    fn bitmaps_begin_where_the_range_begins_and_end_where_they_end() {
+        for start in [0, 1, 63, 64, 70, 511, 512, 600] {
+            let (mut young, mut unknown) = ([0; 4], [0; 2]);
+            let asked = range(start, start + 700);
+            let mut sink = Bitmaps { range: asked, young: &mut young, unknown: &mut unknown };
+            let mut mask = [0; MASK_WORDS];
+            let gfns = [start, start + 1, start + 130, start + 255, start + 256, start + 699];
+            for base in [0, 512, 1024] {
+                for gfn in gfns.iter().filter(|gfn| **gfn / 512 * 512 == base) {
+                    if let Some(word) = mask.get_mut(to_index(gfn % 512 / 64)) {
+                        *word |= 1 << (gfn % 64);
+                    }
+                }
+                sink.table(Gfn::new(base), &mask, &mask);
+                mask = [0; MASK_WORDS];
+            }
+            sink.unknown(range(start + 60, start + 130));
+            assert_eq!(bits(&young), [0, 1, 130, 255], "start {start}: 256 bits were given");
+            assert_eq!(bits(&unknown), (60..128).collect::<alloc::vec::Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn a_huge_leaf_sets_the_bits_of_its_part_of_the_range() {
+        let (mut young, mut unknown) = ([0; 9], []);
+        let asked = range(500, 1030);
+        let mut sink = Bitmaps { range: asked, young: &mut young, unknown: &mut unknown };
+        sink.huge(Gfn::new(0), Level::L2, true);
+        sink.huge(Gfn::new(512), Level::L2, false);
+        sink.huge(Gfn::new(1024), Level::L2, true);
+        let expected = (0..12).chain(524..530).collect::<alloc::vec::Vec<_>>();
+        assert_eq!(bits(&young), expected);
+    }
+
+    /// Pages that are old but one; each call answers one table.
+    struct Tables {
+        young: u64,
+        calls: core::cell::Cell<u64>,
+    }
+
+    impl AgeRange for Tables {
+        type Reader = ();
+
+        fn abilities(&self) -> AgeAbilities {
+            AgeAbilities::empty()
+        }
+
+        fn age<S: AgeSink>(&self, _: &mut (), request: AgeRequest, _: &mut S) -> AgeReport {
+            self.calls.set(self.calls.get() + 1);
+            let end = request.range.end.min(Gfn::new((request.range.start.get() / 512 + 1) * 512));
+            let part = GfnRange::new(request.range.start, end);
+            let young = u64::from(part.contains(Gfn::new(self.young)));
+            AgeReport { mapped: part.len(), young, ..AgeReport::empty(end) }
+        }
+
+        fn flush_aged(&self, _: &mut (), _: GfnRange) {}
+    }
+
+    #[test]
+    fn a_look_ends_at_the_first_young_page_and_a_clear_does_not() {
+        let all = range(0, 512 * 100);
+        let mmu = Tables { young: 512 * 7 + 3, calls: core::cell::Cell::new(0) };
+        assert_eq!(mmu.test_age(&mut (), all), AgeAnswer::Young);
+        assert_eq!(mmu.calls.replace(0), 8);
+        assert_eq!(mmu.ask(&mut (), AgeRequest::new(all, AgeMode::Clear)), AgeAnswer::Young);
+        assert_eq!(mmu.calls.replace(0), 100);
+        assert_eq!(mmu.test_age(&mut (), range(0, 512)), AgeAnswer::Old);
+        let fast = AgeRequest::new(all, AgeMode::Test).with_effort(Effort::Fast);
+        assert_eq!((mmu.calls.replace(0), mmu.ask(&mut (), fast)), (1, AgeAnswer::Old));
+        assert_eq!(mmu.calls.get(), 1, "one call, whatever it leaves out");
+    }
+}

@@ -336,8 +336,8 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
         self.work.sink.table(table.base, &present, &young);
     }
 
-    /// Clear the entries of `cells` that `young` has; `base` is the gfn of the first. What is owed is
-    /// owed at once: all from the first to the last.
+    /// Clear the entries of `cells` that `young` has; `base` is the gfn of the first. Flushes are
+    /// owed at once, from the first to the last of them.
     fn clear_word(&mut self, cells: &[SpteCell], young: u64, base: Gfn) {
         let mut rest = young;
         while rest != 0 {

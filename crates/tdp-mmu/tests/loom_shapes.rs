@@ -376,8 +376,6 @@ shapes! {
     #[test]
     fn collapse_of_a_range_against_zap_of_the_page(Legacy, Table, CollapseRange, ZapPage);
     #[test]
-    fn collapse_of_a_range_against_zap_root(Legacy, Table, CollapseRange, ZapRoot);
-    #[test]
     fn collapse_of_a_range_against_age(Legacy, Table, CollapseRange, Age);
     #[test]
     fn collapse_of_a_range_against_fast_fault(Legacy, TableProtected, CollapseRange, Fast);
@@ -424,6 +422,7 @@ macro_rules! bounded {
 }
 
 bounded! {
+    collapse_of_a_range_against_zap_root: 5, Table, CollapseRange, ZapRoot;
     recover_against_zap_of_the_page: 4, Executed, Recover, ZapPage;
     recover_against_zap_root: 4, Executed, Recover, ZapRoot;
 }

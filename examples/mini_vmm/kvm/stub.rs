@@ -11,8 +11,8 @@
 //! PML4 slot 0. Handlers run at CPL 0, which some hosts emulate instruction by instruction: they
 //! are as short as they can be and leave all the work to the VMM. The program runs at CPL 3. It too
 //! talks to the VMM by `out`, which the TSS's I/O permission bitmap allows, and IOPL 3 as well. One
-//! of the two would do on a processor, but a host that runs CPL 3 code natively in its own user mode
-//! loses IOPL on the way, and QEMU 7.2 takes no TSS for one that is busy.
+//! of the two would do on a processor, but a host that runs CPL 3 code natively in its own user
+//! mode loses IOPL on the way, and QEMU 7.2 takes no bitmap from a TSS that is busy.
 //!
 //! The program takes its parameters from the mailbox, not from registers: after an `out` exit KVM
 //! finishes the instruction at the next entry, and registers set in between depend on how it does

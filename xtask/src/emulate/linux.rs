@@ -168,6 +168,7 @@ const INIT: &str = "\
 mount -t proc none /proc
 mount -t sysfs none /sys
 mount -t devtmpfs none /dev
+ifconfig lo up
 {load}echo \"chain: up: $(uname -r) after $(cut -d' ' -f1 /proc/uptime) s\" \\
     $(cd /sys/module && grep -s . kvm*/parameters/nested kvm*/parameters/[en]pt \\
         kvm/parameters/tdp_mmu)

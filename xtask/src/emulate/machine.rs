@@ -75,6 +75,8 @@ pub(crate) struct Machine {
     pub(crate) suites: Option<&'static str>,
     /// Suites that the machine does not survive.
     pub(crate) without: Option<&'static str>,
+    /// In place of the program: mini_vmm with these arguments, on the KVM that is there.
+    pub(crate) scenarios: &'static [&'static str],
 }
 
 impl Machine {
@@ -85,7 +87,8 @@ impl Machine {
         model: &'static str,
         cpus: u32,
     ) -> Self {
-        Self { name, group, emulator, model, cpus, ours: cpus, suites: None, without: None }
+        let (suites, without, scenarios) = (None, None, [].as_slice());
+        Self { name, group, emulator, model, cpus, ours: cpus, suites, without, scenarios }
     }
 
     /// So long may it run. Generous: the host is busy with other things, too.
@@ -97,8 +100,18 @@ impl Machine {
 /// The suites that the group `nested` runs: those in which a missing flush shows, and one that
 /// shows that the chain works.
 const NESTED_SUITES: &str = "faults,flush,aging,zap";
+/// What mini_vmm does on a KVM with nested paging: flushes that are precise there, and 2 MiB pages,
+/// which it refuses where KVM shadows.
+const SCENARIOS: &[&str] = &[
+    "demand-paging --cpu kvm --memory 16M",
+    "access-tracking --cpu kvm --memory 8M",
+    "dirty-log --cpu kvm --memory 8M --pages 2m --random",
+    "stress --cpu kvm --seconds 2",
+    "migrate --cpu kvm --memory 4M --random",
+];
+
 /// All of them.
-pub(crate) const MACHINES: [Machine; 10] = [
+pub(crate) const MACHINES: [Machine; 11] = [
     Machine::bare("qemu-max-1", Group::Npt, Emulator::Qemu, "max", 1),
     Machine::bare("qemu-max-2", Group::Npt, Emulator::Qemu, "max", 2),
     Machine::bare("qemu-epyc-2", Group::Npt, Emulator::Qemu, "EPYC", 2),
@@ -112,6 +125,7 @@ pub(crate) const MACHINES: [Machine; 10] = [
         suites: None,
         // A triple fault of a guest ends Bochs 2.7 itself: it has no SVM intercept of shutdown.
         without: Some("platform"),
+        scenarios: &[],
     },
     Machine::bare("bochs-haswell-1", Group::Ept, Emulator::Bochs, "corei7_haswell_4770", 1),
     Machine::bare("bochs-haswell-2", Group::Ept, Emulator::Bochs, "corei7_haswell_4770", 2),
@@ -126,6 +140,18 @@ pub(crate) const MACHINES: [Machine; 10] = [
         ours: 2,
         suites: Some(NESTED_SUITES),
         without: None,
+        scenarios: &[],
+    },
+    Machine {
+        name: "qemu-kvm_amd-vmm",
+        group: Group::Nested,
+        emulator: Emulator::Qemu,
+        model: "max",
+        cpus: 2,
+        ours: 2,
+        suites: None,
+        without: None,
+        scenarios: SCENARIOS,
     },
     // Bochs' CPUs take turns: a second one would make Linux slower and nothing more true.
     Machine {
@@ -137,6 +163,7 @@ pub(crate) const MACHINES: [Machine; 10] = [
         ours: 2,
         suites: Some(NESTED_SUITES),
         without: None,
+        scenarios: &[],
     },
 ];
 

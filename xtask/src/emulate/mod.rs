@@ -10,8 +10,8 @@
 //! | `run` | one run: serial port, time limit |
 //! | `skips` | which checks may be skipped where |
 //!
-//! What the program prints is read by `examples/test_hypervisor/protocol.rs`, its file by mini_vmm's
-//! `nested/image.rs`.
+//! What the program prints is read by `examples/test_hypervisor/protocol.rs`, its file by
+//! mini_vmm's `nested/image.rs`.
 
 #[path = "../../../examples/mini_vmm/nested/image.rs"]
 mod elf;
@@ -195,6 +195,14 @@ impl Campaign<'_> {
             self.linux = Some((Linux::get()?, program::mini_vmm()?));
         }
         let (linux, mini_vmm) = self.linux.as_ref().ok_or("no Linux")?;
+        if !machine.scenarios.is_empty() {
+            let each = |scenario: &&str| {
+                format!("mini_vmm {scenario}\necho \"{}$? {scenario}\"\n", run::LINUX_RAN)
+            };
+            let script: String = machine.scenarios.iter().map(each).collect();
+            let initramfs = linux.initramfs(folder, &[mini_vmm], script.trim_end())?;
+            return Ok((linux, initramfs));
+        }
         let name = self.elf.file_name().unwrap_or_default().to_string_lossy();
         let mut script = format!(
             "mini_vmm nested --image /bin/{name} --vcpus {} --memory {NESTED_MEMORY} --seed {}",
@@ -208,7 +216,33 @@ impl Campaign<'_> {
         Ok((linux, initramfs))
     }
 
+    /// mini_vmm's scenarios: each is one check.
+    fn judge_scenarios(&mut self, machine: &Machine, run: &Run) {
+        let seconds = run.took.as_secs_f64();
+        println!("{:<18} {seconds:>6.1} s  mini_vmm on the KVM of this Linux", machine.name);
+        let mut good = true;
+        for scenario in machine.scenarios {
+            if run.ran.contains(&format!("0 {scenario}")) {
+                println!("  [ok  ] {scenario}");
+                self.total.add(Mark::Ok);
+            } else {
+                self.fail(scenario);
+                good = false;
+            }
+        }
+        if let Some(what) = badly_ended(machine, run) {
+            self.fail(&what);
+            good = false;
+        }
+        if !good {
+            print!("{}", run.explain());
+        }
+    }
+
     fn judge(&mut self, machine: &Machine, run: &Run) {
+        if !machine.scenarios.is_empty() {
+            return self.judge_scenarios(machine, run);
+        }
         let counts = run.reading.counts();
         println!(
             "{:<18} {:>6.1} s  {counts}, {} notes: {}",

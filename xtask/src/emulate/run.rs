@@ -22,6 +22,8 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// What the script that runs in Linux says at its start and at its end.
 const LINUX_UP: &str = "chain: up";
 const LINUX_STATUS: &str = "chain: status ";
+/// And behind each of several commands: its status, and itself.
+pub(crate) const LINUX_RAN: &str = "chain: ran ";
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +42,8 @@ pub(crate) struct Run {
     /// Linux has come up; the exit status of what it ran.
     pub(crate) linux_up: bool,
     pub(crate) linux_status: Option<i32>,
+    /// The commands that it ran, with `0` in front where they succeeded.
+    pub(crate) ran: Vec<String>,
     pub(crate) took: Duration,
     folder: PathBuf,
 }
@@ -85,6 +89,7 @@ pub(crate) fn run(command: &mut Command, folder: &Path, limit: Duration) -> io::
         reading: Reading::default(),
         linux_up: false,
         linux_status: None,
+        ran: Vec::new(),
         took: Duration::ZERO,
         folder: folder.to_owned(),
     };
@@ -115,6 +120,7 @@ impl Run {
         if let Some(status) = line.strip_prefix(LINUX_STATUS) {
             self.linux_status = status.parse().ok();
         }
+        self.ran.extend(line.strip_prefix(LINUX_RAN).map(str::to_owned));
         if ours && io::stderr().is_terminal() {
             eprintln!("    {line}");
         }

@@ -238,6 +238,8 @@ pub fn run<F: SpteFormat>(builder: &Builder<'_, F>) -> Result<Report, Error> {
     bench.bring_back(&tier)?;
     let Bench { stage, tierer, mut report, watch, .. } = bench;
     report.svg = Some(picture(&watch, &report)?);
+    let speeds = watch::speeds(&watch.samples);
+    report.timeline = watch.samples.iter().zip(&speeds).map(|(s, v)| watch::json(s, v)).collect();
     report.seconds = begun.elapsed().as_secs_f64();
     drop((tierer, stage, watch));
     drop((progress, table));

@@ -222,6 +222,20 @@ impl<'a, F: SpteFormat> Watch<'a, F> {
     }
 }
 
+/// A sample for JSON.
+pub fn json(sample: &Sample, speed: &Speed) -> serde_json::Value {
+    serde_json::json!({
+        "seconds": sample.at.as_secs_f64(),
+        "resident_bytes": sample.resident,
+        "pages_by_generation_youngest_first": sample.generations,
+        "working_set_pages": sample.working_set,
+        "slow_tier_pages": sample.away,
+        "pages_taken_away": sample.moved.out,
+        "refaults": sample.moved.back,
+        "guest_visits_per_s": speed.visits,
+    })
+}
+
 /// What the generations are called, the youngest first.
 pub const GENERATION_NAMES: [&str; GENERATIONS] = ["youngest", "second", "third", "oldest"];
 

@@ -12,7 +12,7 @@ use crate::lab::Lab;
 use crate::machine::memory::PAGE;
 use crate::vcpu::BareVcpu;
 use crate::virt::{LocalFlush, Vcpu, Virt};
-use crate::vm::{Task, Vm, data_at, data_gfn};
+use crate::vm::{Shape, Task, Vm, data_at, data_gfn};
 
 type Places = ArrayVec<(Level, Pfn, usize), 5>;
 
@@ -22,12 +22,23 @@ pub fn run<V: Virt>(lab: &mut Lab<V>) {
         lab.skip("accessed-dirty", "hardware sets no A and D");
         return;
     }
-    of_size(lab, Level::L1, ["a-on-read-4k", "d-on-write-4k", "no-d-above-the-leaf-4k"]);
-    of_size(lab, Level::L2, ["a-on-read-2m", "d-on-write-2m", "no-d-above-the-leaf-2m"]);
+    let names = ["a-on-read-4k", "d-on-write-4k", "no-d-above-the-leaf-4k"];
+    of_size(lab, lab.shape(2, Level::L1), names);
+    let names = ["a-on-read-2m", "d-on-write-2m", "no-d-above-the-leaf-2m"];
+    of_size(lab, lab.shape(2, Level::L2), names);
+    let names = ["a-on-read-1g", "d-on-write-1g", "no-d-above-the-leaf-1g"];
     if lab.features.huge_1g {
-        of_size(lab, Level::L3, ["a-on-read-1g", "d-on-write-1g", "no-d-above-the-leaf-1g"]);
+        of_size(lab, lab.shape(2, Level::L3), names);
     } else {
-        lab.skip("a-on-read-1g", "no 1 GiB pages");
+        names.iter().for_each(|name| lab.skip(name, "no 1 GiB pages"));
+    }
+    let names = ["a-on-read-of-5-levels", "d-on-write-of-5-levels", "no-d-above-of-5-levels"];
+    if lab.features.levels_5 {
+        let mut shape = lab.shape(2, Level::L1);
+        shape.caps.levels = 5;
+        of_size(lab, shape, names);
+    } else {
+        names.iter().for_each(|name| lab.skip(name, "no tables of 5 levels"));
     }
     fetches(lab);
     guest_tables(lab);
@@ -62,8 +73,9 @@ fn prepare<V: Virt>(
     Some(vm.places(&mut actor, root, Gfn::new(address / PAGE)))
 }
 
-fn of_size<V: Virt>(lab: &mut Lab<V>, level: Level, names: [&str; 3]) {
-    let vm = Vm::new(lab, lab.shape(2, level));
+fn of_size<V: Virt>(lab: &mut Lab<V>, shape: Shape, names: [&str; 3]) {
+    let level = shape.level;
+    let vm = Vm::new(lab, shape);
     let mut actor = vm.actor();
     vm.open_window(&mut actor);
     let mut vcpu = vm.vcpu(0);
@@ -78,7 +90,8 @@ fn of_size<V: Virt>(lab: &mut Lab<V>, level: Level, names: [&str; 3]) {
     clear(&vm, &mut vcpu, &places);
     lab.went(read, vcpu.perform(&Task::pages(Program::Read, address + 16, 1)));
     let found = entries(&vm, &places);
-    let all = found.iter().all(|spte| spte.has(V::Format::ACCESSED));
+    let whole = found.len() == usize::from(shape.caps.levels - level.number() + 1);
+    let all = whole && found.iter().all(|spte| spte.has(V::Format::ACCESSED));
     let none = !found.iter().any(|spte| spte.has(V::Format::DIRTY));
     lab.check(read, all && none, format_args!("{found:x?}"));
 

@@ -63,13 +63,11 @@ pub fn flush(abilities: &Abilities, context: Context, what: LocalFlush) {
     }
 }
 
-/// A known breakage, for `cargo xtask emulate nested --busted`: where a KVM below shadows our
-/// tables it goes on using what it should have forgotten.
-const FORGOTTEN: bool = cfg!(busted = "forget_invept");
-
 /// What was cached from `eptp`'s tables, also combined with the guest's own.
 fn extended(abilities: &Abilities, eptp: Eptp) -> Result<(), Failed> {
-    if FORGOTTEN {
+    // For `cargo xtask emulate nested --busted`: a KVM below that shadows our tables goes on using
+    // what it should have forgotten.
+    if mmu_core::busted!("forget_invept") {
         Ok(())
     } else if abilities.ept_vpid.contains(EptVpid::INVEPT_SINGLE) {
         instr::invept(EPT_CONTEXT, [eptp.get(), 0])
@@ -99,7 +97,7 @@ fn linear(abilities: &Abilities, context: Context, address: u64) -> Result<(), F
 }
 
 fn all(abilities: &Abilities) -> Result<(), Failed> {
-    if !FORGOTTEN {
+    if !mmu_core::busted!("forget_invept") {
         instr::invept(EPT_ALL, [0, 0])?;
     }
     if abilities.ept_vpid.contains(EptVpid::INVVPID_ALL) {
