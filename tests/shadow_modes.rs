@@ -456,7 +456,7 @@ impl World {
         let mut root =
             GuestRoot::Cr3((tables_of(self.mode.top()).start + self.random.below(2)) << 12);
         if self.mode == Mode::Pae {
-            let cr3 = POINTERS << 12 | self.random.below(2) * 32;
+            let cr3 = (POINTERS << 12) + self.random.below(2) * 32;
             for index in 0..4 {
                 if self.random.chance(1, 3) {
                     let pointer = self.some_target(3) << 12 | P;
@@ -555,7 +555,7 @@ impl World {
         if level > 1 && self.mode.has_pages(level) && self.random.chance(1, 2) {
             let pages = 1 << (self.mode.shift(level) - 12);
             let block = self.random.below((PAGES / pages).max(1));
-            return block * pages << 12 | PS;
+            return (block * pages) << 12 | PS;
         }
         self.some_target(level) << 12
     }
@@ -685,8 +685,8 @@ impl World {
         }
     }
 
-    /// The host page `seen.gfn` can be reached: did the guest's tables allow that at some time since
-    /// the last flush? The guest page that it is behind.
+    /// The host page `seen.gfn` can be reached: did the guest's tables allow that at some time
+    /// since the last flush? The guest page that it is behind.
     fn judge(&self, number: usize, seen: &Meaning) -> u64 {
         let allows = |meaning: &&Meaning| {
             self.backing.pfn(meaning.gfn) == Some(seen.gfn)

@@ -12,18 +12,15 @@
 
 use mmu_core::access::Access;
 use mmu_core::addr::{Gfn, GfnRange, Gva, Level};
-use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome};
-use mmu_core::notify::Snapshot;
-use mmu_core::slot;
+use mmu_core::fault::FaultOutcome;
 use mmu_core::spte::{LeafSpec, Spte, SpteFormat};
 use mmu_core::stats::Counter;
-use mmu_core::traits::{Host, HostPage, ResolveError};
+use mmu_core::traits::Host;
 
 use crate::error::ShadowError;
-use crate::guest::{
-    GuestEntry, GuestMem, GuestWalk, GuestWalker, Operation, Privilege, Request, WalkPath,
-};
+use crate::guest::{GuestEntry, GuestMem, GuestWalk, GuestWalker, Request, WalkPath};
 use crate::page::{NewPage, ShadowPage, Shadowed};
+use crate::resolve::Target;
 use crate::rmap::{MAX_ALIASES, RmapKey};
 use crate::role::{ChildShape, PageRole, RoleFlags};
 use crate::spte_ref::{PageId, SpteRef};
@@ -37,26 +34,6 @@ use crate::zap::ShadowZap;
 const MAX_ATTEMPTS: usize = 4 * Level::ALL.len();
 /// Shadow pages that one fault may make: one for each level below the root.
 pub(crate) const PAGES_PER_FAULT: u32 = 4;
-
-/// What the guest's side of a fault was resolved to, with nothing held.
-#[derive(Debug)]
-pub(crate) struct Target<'a> {
-    pub(crate) gva: Gva,
-    pub(crate) path: &'a WalkPath,
-    /// What the entry may permit.
-    pub(crate) access: Access,
-    /// What the access needs.
-    pub(crate) needed: Access,
-    pub(crate) write: bool,
-    pub(crate) prefetch: bool,
-    pub(crate) page: HostPage,
-    /// The level to install at, if no guest table is in the way.
-    pub(crate) goal: Level,
-    pub(crate) logged: bool,
-    pub(crate) generation: u64,
-    pub(crate) snapshot: Snapshot,
-    pub(crate) root: PageId,
-}
 
 /// How an attempt ended.
 pub(crate) enum Attempt {
@@ -108,121 +85,6 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             }
             Ok(outcome)
         })
-    }
-
-    /// Find slot and page.
-    fn resolve<'a>(
-        &mut self,
-        guest: &GuestWalker,
-        walk: &'a GuestWalk,
-        request: Request,
-    ) -> Result<Result<Target<'a>, FaultOutcome>, FaultError> {
-        let (path, space) = (&walk.path, self.role.space());
-        let gfn = path.gfn;
-        // Without paging addresses have 32 bits, which is what our tables are sure to tell apart.
-        let unpaged = path.entries.is_empty().then_some(Gfn::new(1 << 20));
-        let max_gfn = self.mmu.config().max_gfn_exclusive();
-        let max_gfn = unpaged.unwrap_or(max_gfn).min(max_gfn);
-        if gfn >= max_gfn {
-            return Err(FaultError::BeyondPhysical { gpa: gfn.address(), max_gfn });
-        }
-        let Some(root) = self.page() else { return Err(FaultError::NoRoot) };
-        if let Some(reason) = self.actor.vm().is_dead() {
-            return Err(FaultError::Dead { reason });
-        }
-        let snapshot = self.actor.vm().notify().snapshot();
-        if !self.actor.keep_slot(space, gfn) {
-            return Ok(Err(FaultOutcome::Emulate(EmulateReason::NoSlot { gfn, space })));
-        }
-        let kept = self.actor.kept_slot().ok_or(FaultError::NoRoot)?;
-        let (slot, generation) = (*kept.slot(), kept.generation());
-        if slot.is_invalid() {
-            return Ok(Err(FaultOutcome::Retry));
-        }
-        let write = request.operation == Operation::Write;
-        if slot.is_read_only() && write {
-            let read_only = EmulateReason::ReadOnly { gfn, slot: slot.id };
-            return Ok(Err(FaultOutcome::Emulate(read_only)));
-        }
-        let wanted = if write { Access::WRITE } else { Access::READ };
-        let host = self.actor.vm().host();
-        let page = match host.resolve(&slot, gfn, wanted) {
-            Ok(page) if page.writable || !write => page,
-            refused => {
-                let source = refused.err().unwrap_or(ResolveError::ReadOnly);
-                return self.refused(gfn, slot.id, snapshot, generation, source);
-            }
-        };
-        if page.pfn >= self.mmu.config().max_pfn_exclusive() {
-            return Err(FaultError::BadHostPage { gfn, pfn: page.pfn.get() });
-        }
-        let access = guest.shadow_access(walk, request);
-        let logged = slot.logs_dirty();
-        // A huge leaf without X would be asked for X for ever.
-        let small = logged || (self.mmu.config().nx_huge_pages() && access.contains(Access::EXEC));
-        let cap = if small { Level::L1 } else { self.mmu.config().max_leaf_level() };
-        let cap = self.untracked(gfn, cap.min(path.level).min(page.level));
-        let congruent = |level: Level| (gfn.get() ^ page.pfn.get()) & (level.pages() - 1) == 0;
-        let mut goal = slot::max_level(&slot, gfn, cap);
-        while !congruent(goal) {
-            goal = goal.below();
-        }
-        let page = HostPage { writable: page.writable && !slot.is_read_only(), ..page };
-        Ok(Ok(Target {
-            gva: walk.gva,
-            path,
-            access,
-            needed: needed(request),
-            write,
-            prefetch: false,
-            page,
-            goal,
-            logged,
-            generation,
-            snapshot,
-            root,
-        }))
-    }
-
-    /// The largest level, at most `cap`, at which no page lies whose writes somebody wants to see,
-    /// in any address space (KVM row 6.16).
-    fn untracked(&mut self, gfn: Gfn, cap: Level) -> Level {
-        let work = self.actor.pinned();
-        if !work.vm.slots().tracks_writes() {
-            return cap;
-        }
-        let slots = work.vm.slots().read(&work.section);
-        (0..slot::MAX_ADDRESS_SPACES).fold(cap, |cap, space| {
-            let slot = slots.find(space, gfn);
-            let meta = slot.and_then(|slot| slots.meta(space, slot.id));
-            let track = meta.and_then(|meta| meta.track()).filter(|track| track.is_used());
-            track.map_or(cap, |track| track.max_level(gfn, cap))
-        })
-    }
-
-    /// The host has no page: an error, unless what was asked for is not true any more.
-    fn refused<'a>(
-        &mut self,
-        gfn: Gfn,
-        slot: u16,
-        snapshot: Snapshot,
-        generation: u64,
-        source: ResolveError,
-    ) -> Result<Result<Target<'a>, FaultOutcome>, FaultError> {
-        let work = self.actor.shared();
-        let page = GfnRange::from_len(gfn, 1);
-        if work.vm.slots().generation() != generation
-            || work.vm.notify().must_retry(&work.section, snapshot, page)
-        {
-            return Ok(Err(FaultOutcome::Retry));
-        }
-        match source {
-            ResolveError::ReadOnly => {
-                Ok(Err(FaultOutcome::Emulate(EmulateReason::ReadOnly { gfn, slot })))
-            }
-            ResolveError::Interrupted => Ok(Err(FaultOutcome::Retry)),
-            source => Err(FaultError::Resolve { gfn, source }),
-        }
     }
 
     /// Attempts, each in a section of its own, until one ends the fault.
@@ -440,19 +302,6 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         let Some(page) = self.writer.pages.get_mut(place.page()) else { return };
         let access = entry_below(path, level).map_or(path.access, |entry| entry.above);
         page.set_shadowed(place.index(), Shadowed::new(path.gfn.align_down(level), access));
-    }
-}
-
-/// What an access needs of an entry.
-fn needed(request: Request) -> Access {
-    let operation = match request.operation {
-        Operation::Read => Access::READ,
-        Operation::Write => Access::WRITE,
-        Operation::Fetch => Access::EXEC,
-    };
-    match request.privilege {
-        Privilege::User => operation | Access::USER,
-        Privilege::Supervisor | Privilege::SupervisorAc | Privilege::Implicit => operation,
     }
 }
 

@@ -135,7 +135,7 @@ impl PageRole {
 mod tests {
     use super::*;
 
-    const CPU: GuestCpu = GuestCpu { la57: true, ..GuestCpu::baseline() };
+    const CPU: GuestCpu = GuestCpu { la57: true, pku: true, ..GuestCpu::baseline() };
 
     fn role(controls: GuestControls, protect: WriteProtect) -> PageRole {
         PageRole::of_guest(&CPU, controls, protect).unwrap()
