@@ -1035,3 +1035,27 @@ fn pae_pointers_are_the_registers() {
     assert_ne!(registers[0], registers[1]);
     world.finish();
 }
+
+/// Bug B62: a table that long mode and PAE both use has a shadow for each, because PAE reserves
+/// bits that long mode ignores.
+#[test]
+fn modes_share_no_shadow_of_a_table() {
+    let mut world = large_page(6 << 12);
+    world.memory.set(6 << 12, 8, ALL);
+    world.memory.set(0, 8, (1000 << 12) | ALL | (1 << 55));
+    world.access(0, AccessKind::Read, true);
+    assert!(world.shadow(0).is_some());
+    world.switch(Mode::Pae);
+    world.memory.set(POINTERS << 12, 8, (6 << 12) | P);
+    let pointers = world.guest.load_pointers(&world.memory, POINTERS << 12).unwrap();
+    world.root = GuestRoot::Pae(pointers);
+    world.enter_anew();
+    world.forget();
+    world.memory.set(8, 8, (1001 << 12) | ALL);
+    world.remember_all();
+    let next = world.addresses.iter().position(|gva| *gva == 0x1000).unwrap();
+    world.access(next, AccessKind::Read, true);
+    assert!(world.shadow(next).is_some());
+    world.check();
+    world.finish();
+}
