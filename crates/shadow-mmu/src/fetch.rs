@@ -18,9 +18,12 @@ use mmu_core::stats::Counter;
 use mmu_core::traits::Host;
 
 use crate::error::ShadowError;
-use crate::guest::{GuestEntry, GuestMem, GuestWalk, GuestWalker, Request, WalkPath};
+use crate::guest::{
+    EntryFormat, GuestEntry, GuestMem, GuestWalk, GuestWalker, NestedRequest, NestedWalk,
+    NestedWalker, Request, WalkPath,
+};
 use crate::page::{NewPage, ShadowPage, Shadowed};
-use crate::resolve::Target;
+use crate::resolve::{Accessed, Target, needed, nested_needs};
 use crate::rmap::{MAX_ALIASES, RmapKey};
 use crate::role::{ChildShape, PageRole, RoleFlags};
 use crate::spte_ref::{PageId, SpteRef};
@@ -68,7 +71,53 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         M: GuestMem + ?Sized,
         L: WriterLock<F, H>,
     {
-        let target = match self.resolve(guest, walk, request)? {
+        let accessed = Accessed {
+            address: walk.gva,
+            path: &walk.path,
+            access: guest.shadow_access(walk, request),
+            needed: needed(request),
+        };
+        self.fault_at(lock, guest.format(), mem, accessed)
+    }
+
+    /// Handle an access of a nested guest to the physical address that `walk` translated by its
+    /// hypervisor's tables, as [`fault`](Self::fault) does. `request` is what was walked for (KVM
+    /// row 4.59).
+    ///
+    /// # Errors
+    /// [`ShadowError`]; no entry was changed.
+    #[doc(alias = "ept_page_fault")]
+    pub fn nested_fault<M, L>(
+        &mut self,
+        lock: &L,
+        nested: &NestedWalker,
+        mem: &M,
+        walk: &NestedWalk,
+        request: NestedRequest,
+    ) -> Result<FaultOutcome, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let (path, needed) = (&walk.path, nested_needs(request));
+        let written = needed.contains(Access::WRITE);
+        let access = if written { path.access } else { path.clean_access() };
+        let address = Gva::new(walk.gpa.get());
+        self.fault_at(lock, nested.format(), mem, Accessed { address, path, access, needed })
+    }
+
+    fn fault_at<M, L>(
+        &mut self,
+        lock: &L,
+        guest: EntryFormat<'_>,
+        mem: &M,
+        accessed: Accessed<'_>,
+    ) -> Result<FaultOutcome, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let target = match self.resolve(accessed)? {
             Ok(target) => target,
             Err(outcome) => return Ok(outcome),
         };
@@ -91,7 +140,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     fn install<M: GuestMem + ?Sized>(
         &mut self,
         writer: &mut ShadowWriter<F, H>,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
     ) -> FaultOutcome {
@@ -130,7 +179,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     fn attempt<M: GuestMem + ?Sized>(
         &mut self,
         cache: &mut mmu_core::frame::MmuCache,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
     ) -> Attempt {
@@ -199,7 +248,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     fn step_down<M: GuestMem + ?Sized>(
         &mut self,
         cache: &mut mmu_core::frame::MmuCache,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         place: SpteRef,
         target: &Target<'_>,
@@ -255,7 +304,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     /// asks for no flush, so the guest may rely on what its table says now (KVM row 4.40).
     fn in_sync<M: GuestMem + ?Sized>(
         &mut self,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         page: PageId,
     ) -> Result<(), Attempt> {

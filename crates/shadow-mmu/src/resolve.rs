@@ -12,9 +12,21 @@ use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::SpteFormat;
 use mmu_core::traits::{Host, HostPage, ResolveError};
 
-use crate::guest::{GuestWalk, GuestWalker, Operation, Privilege, Request, WalkPath};
+use crate::guest::{NestedRequest, Operation, Privilege, Purpose, Request, WalkPath};
 use crate::spte_ref::PageId;
 use crate::vcpu::ShadowVcpu;
+
+/// What was accessed, by the guest's tables.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Accessed<'a> {
+    /// The address that our tables translate.
+    pub(crate) address: Gva,
+    pub(crate) path: &'a WalkPath,
+    /// What the entry may permit.
+    pub(crate) access: Access,
+    /// What the access needs.
+    pub(crate) needed: Access,
+}
 
 /// What the guest's side of a fault was resolved to, with nothing held.
 #[derive(Debug)]
@@ -40,11 +52,10 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     /// Find slot and page.
     pub(crate) fn resolve<'a>(
         &mut self,
-        guest: &GuestWalker,
-        walk: &'a GuestWalk,
-        request: Request,
+        accessed: Accessed<'a>,
     ) -> Result<Result<Target<'a>, FaultOutcome>, FaultError> {
-        let (path, space) = (&walk.path, self.role.space());
+        let Accessed { address, path, access, needed } = accessed;
+        let space = self.role.space();
         let gfn = path.gfn;
         // Without paging addresses have 32 bits, which is what our tables are sure to tell apart.
         let unpaged = path.entries.is_empty().then_some(Gfn::new(1 << 20));
@@ -66,7 +77,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if slot.is_invalid() {
             return Ok(Err(FaultOutcome::Retry));
         }
-        let write = request.operation == Operation::Write;
+        let write = needed.contains(Access::WRITE);
         if slot.is_read_only() && write {
             let read_only = EmulateReason::ReadOnly { gfn, slot: slot.id };
             return Ok(Err(FaultOutcome::Emulate(read_only)));
@@ -83,15 +94,14 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if page.pfn >= self.mmu.config().max_pfn_exclusive() {
             return Err(FaultError::BadHostPage { gfn, pfn: page.pfn.get() });
         }
-        let access = guest.shadow_access(walk, request);
         let logged = slot.logs_dirty();
         let goal = self.goal(&slot, path, access, page);
         let page = HostPage { writable: page.writable && !slot.is_read_only(), ..page };
         Ok(Ok(Target {
-            gva: walk.gva,
+            gva: address,
             path,
             access,
-            needed: needed(request),
+            needed,
             write,
             prefetch: false,
             page,
@@ -160,15 +170,32 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     }
 }
 
-/// What an access needs of an entry.
-fn needed(request: Request) -> Access {
-    let operation = match request.operation {
+/// What an operation needs of an entry.
+const fn needed_of(operation: Operation) -> Access {
+    match operation {
         Operation::Read => Access::READ,
         Operation::Write => Access::WRITE,
         Operation::Fetch => Access::EXEC,
-    };
+    }
+}
+
+/// What an access needs of an entry.
+pub(crate) fn needed(request: Request) -> Access {
     match request.privilege {
-        Privilege::User => operation | Access::USER,
-        Privilege::Supervisor | Privilege::SupervisorAc | Privilege::Implicit => operation,
+        Privilege::User => needed_of(request.operation) | Access::USER,
+        Privilege::Supervisor | Privilege::SupervisorAc | Privilege::Implicit => {
+            needed_of(request.operation)
+        }
+    }
+}
+
+/// What a nested guest's access needs. Where fetches are of two kinds, the linear address says
+/// which.
+pub(crate) const fn nested_needs(request: NestedRequest) -> Access {
+    match (request.operation, request.purpose) {
+        (Operation::Fetch, Purpose::Final(linear)) if linear.contains(Access::USER) => {
+            Access::EXEC.union(Access::USER)
+        }
+        (operation, _) => needed_of(operation),
     }
 }

@@ -31,7 +31,7 @@ bitflags! {
         const SMEP_AND_NOT_WP = 1 << 5;
         /// The guest has SMAP on and CR0.WP off.
         const SMAP_AND_NOT_WP = 1 << 6;
-        /// No accessed and dirty bits in its own entries.
+        /// The guest's entries have no accessed and dirty bits: its hypervisor left them off.
         const AD_DISABLED = 1 << 7;
         /// Shadows a table of a guest hypervisor, for its guest.
         const GUEST_MODE = 1 << 8;

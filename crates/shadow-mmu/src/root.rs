@@ -14,8 +14,8 @@ use mmu_core::addr::{Gfn, Level};
 
 use crate::error::ShadowError;
 use crate::guest::{
-    EntryWidth, GuestControls, GuestCpu, GuestRoot, GuestWalker, ModeError, PaePointers,
-    PagingMode, WriteProtect,
+    EntryFormat, EntryWidth, GuestControls, GuestCpu, GuestRoot, GuestWalker, ModeError,
+    PaePointers, PagingMode, WriteProtect,
 };
 use crate::role::{PageRole, RoleFlags};
 use crate::spte_ref::PageId;
@@ -41,7 +41,7 @@ pub(crate) struct Held {
 impl RootKey {
     /// The root for the guest's tables at `root` on tables whose top is at `host`.
     pub(crate) fn of(
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         root: &GuestRoot,
         role: PageRole,
         host: Level,
@@ -87,13 +87,17 @@ const FORMAT: RoleFlags =
 
 /// Can the walker read the table that a page with this role shadows? A vCPU keeps roots of modes
 /// that it has left.
-pub(crate) fn reads(guest: &GuestWalker, role: PageRole) -> bool {
+pub(crate) fn reads(guest: EntryFormat<'_>, role: PageRole) -> bool {
     role.flags().intersection(FORMAT) == layout(guest).intersection(FORMAT)
 }
 
-fn layout(guest: &GuestWalker) -> RoleFlags {
+fn layout(guest: EntryFormat<'_>) -> RoleFlags {
     let mut flags = RoleFlags::empty();
     flags.set(RoleFlags::DIRECT, guest.mode() == PagingMode::None);
+    let nested = matches!(guest.mode(), PagingMode::Ept { .. } | PagingMode::Npt { .. });
+    flags.set(RoleFlags::GUEST_MODE, nested);
+    flags.set(RoleFlags::AD_DISABLED, !guest.has_accessed());
+    flags.set(RoleFlags::MODE_BASED, guest.is_mode_based());
     flags.set(RoleFlags::NX, guest.mode() != PagingMode::None && guest.has_no_execute());
     flags.set(RoleFlags::PAE, guest.mode() == PagingMode::Pae);
     let four = guest.width() == EntryWidth::Four;
@@ -117,7 +121,7 @@ impl PageRole {
         protect: WriteProtect,
     ) -> Result<Self, ModeError> {
         let guest = GuestWalker::new(cpu, controls)?;
-        let mut flags = layout(&guest);
+        let mut flags = layout(guest.format());
         let Some(level) = guest.mode().root_level() else {
             return Ok(Self::new(Level::L3, flags));
         };
@@ -182,10 +186,10 @@ mod tests {
         let guest = GuestWalker::new(&CPU, GuestControls::LONG).unwrap();
         let long = role(GuestControls::LONG, WriteProtect::On);
         let cr3 = GuestRoot::Cr3(0x5018);
-        let same = RootKey::of(&guest, &cr3, long, Level::L4).unwrap();
+        let same = RootKey::of(guest.format(), &cr3, long, Level::L4).unwrap();
         assert_eq!((same.gfn, same.role), (Gfn::new(5), long));
         assert!(!same.is_private());
-        let above = RootKey::of(&guest, &cr3, long, Level::L5).unwrap();
+        let above = RootKey::of(guest.format(), &cr3, long, Level::L5).unwrap();
         assert!(above.is_private());
         assert_eq!((above.gfn, above.role.level()), (Gfn::new(5), Level::L5));
     }

@@ -14,7 +14,7 @@ use mmu_core::spte::{LeafSpec, SpteFormat};
 use mmu_core::sync::ENTRIES;
 use mmu_core::traits::Host;
 
-use crate::guest::{GuestLeaf, GuestMem, GuestWalker};
+use crate::guest::{EntryFormat, GuestLeaf, GuestMem};
 use crate::page::{ShadowPage, Shadowed};
 use crate::role::RoleFlags;
 use crate::root::reads;
@@ -63,7 +63,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     /// Make the pages at and below `top` follow their tables: a batch of them.
     pub(crate) fn sync_tree<M: GuestMem + ?Sized>(
         &mut self,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         top: PageId,
     ) -> Synced {
@@ -114,7 +114,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     }
 
     /// Make a page at level 1 follow its table, which is write-protected and flushed.
-    fn sync_page<M: GuestMem + ?Sized>(&mut self, guest: &GuestWalker, mem: &M, id: PageId) {
+    fn sync_page<M: GuestMem + ?Sized>(&mut self, guest: EntryFormat<'_>, mem: &M, id: PageId) {
         for index in 0..ENTRIES {
             if !self.sync_entry(guest, mem, SpteRef::new(id, index)) {
                 // The table is no memory any more (KVM row 4.34).
@@ -128,7 +128,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     /// Make one entry at level 1 follow the guest's; `false` if that cannot be read.
     pub(crate) fn sync_entry<M: GuestMem + ?Sized>(
         &mut self,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         spte: SpteRef,
     ) -> bool {

@@ -18,7 +18,7 @@ use mmu_core::vm::Actor;
 
 use crate::error::ShadowError;
 use crate::fetch::{Attempt, shadow_index};
-use crate::guest::{GuestMem, GuestRoot, GuestWalker};
+use crate::guest::{EntryFormat, GuestMem, GuestRoot, GuestWalker, NestedWalker};
 use crate::mmu::ShadowMmu;
 use crate::page::ShadowPage;
 use crate::role::{PageRole, RoleFlags};
@@ -103,6 +103,47 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         M: GuestMem + ?Sized,
         L: WriterLock<F, H>,
     {
+        self.load(lock, guest.format(), mem, root, role)
+    }
+
+    /// The guest hypervisor enters its guest on the nested tables at `root`: its EPT pointer or
+    /// nested CR3. As [`load_guest_root`](Self::load_guest_root); the handle is one for the nested
+    /// guest's tables, whose roots are kept apart from those of the hypervisor's (KVM rows 4.39,
+    /// 4.59). `space` is the address space.
+    ///
+    /// # Errors
+    /// [`ShadowError`]; the vCPU is on its former root.
+    #[doc(alias = "kvm_init_shadow_ept_mmu")]
+    pub fn load_nested_root<M, L>(
+        &mut self,
+        lock: &L,
+        nested: &NestedWalker,
+        mem: &M,
+        root: u64,
+        space: u16,
+    ) -> Result<Hpa, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let format = nested.format();
+        let level = format.mode().root_level().unwrap_or(Level::L4);
+        let role = PageRole::new(level, RoleFlags::empty()).in_space(space);
+        self.load(lock, format, mem, &GuestRoot::Cr3(root), role)
+    }
+
+    fn load<M, L>(
+        &mut self,
+        lock: &L,
+        guest: EntryFormat<'_>,
+        mem: &M,
+        root: &GuestRoot,
+        role: PageRole,
+    ) -> Result<Hpa, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
         let key = RootKey::of(guest, root, role, self.mmu.config().levels())?;
         self.actor.top_up(1)?;
         lock.with(|writer| {
@@ -168,7 +209,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     fn sync_root<M: GuestMem + ?Sized>(
         &mut self,
         writer: &mut ShadowWriter<F, H>,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         root: PageId,
     ) {
@@ -185,6 +226,25 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     /// the CPU.
     #[doc(alias = "kvm_mmu_sync_roots")]
     pub fn guest_flushed<M, L>(&mut self, lock: &L, guest: &GuestWalker, mem: &M)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        self.flushed(lock, guest.format(), mem);
+    }
+
+    /// The guest hypervisor executed INVEPT, or flushed the nested guest's addresses: as
+    /// [`guest_flushed`](Self::guest_flushed), for its nested tables (KVM row 4.39).
+    #[doc(alias = "handle_invept")]
+    pub fn nested_flushed<M, L>(&mut self, lock: &L, nested: &NestedWalker, mem: &M)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        self.flushed(lock, nested.format(), mem);
+    }
+
+    fn flushed<M, L>(&mut self, lock: &L, guest: EntryFormat<'_>, mem: &M)
     where
         M: GuestMem + ?Sized,
         L: WriterLock<F, H>,
@@ -216,6 +276,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if !guest.is_canonical(gva) {
             return;
         }
+        let guest = guest.format();
         lock.with(|writer| {
             for root in self.root.iter().chain(&self.former).map(|held| held.page) {
                 writer.work(&mut self.actor, |work| work.invalidate(guest, mem, root, gva));
@@ -299,7 +360,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     /// Make the entry for `gva` follow the guest's, if its page is out of sync.
     fn invalidate<M: GuestMem + ?Sized>(
         &mut self,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         root: PageId,
         gva: Gva,
