@@ -236,6 +236,8 @@ struct Meaning {
     write: bool,
     user: bool,
     exec: bool,
+    /// Written: only then may a write go unseen.
+    dirty: bool,
     /// Level of the guest's page.
     level: u32,
 }
@@ -412,7 +414,8 @@ impl World {
     /// The guest's tables, walked by hand; `None` where every access is a fault.
     fn meaning(&self, gva: u64) -> Option<Meaning> {
         let mode = self.mode;
-        let mut found = Meaning { gfn: gva >> 12, write: true, user: true, exec: true, level: 2 };
+        let mut found =
+            Meaning { gfn: gva >> 12, write: true, user: true, exec: true, dirty: true, level: 2 };
         let mut table = match (mode, self.root) {
             (Mode::None, _) => return Some(found),
             (_, GuestRoot::Pae(pointers)) => pointers.values()[(gva >> 30 & 3) as usize],
@@ -435,6 +438,7 @@ impl World {
                 let inside = (1 << mode.shift(level)) - 1;
                 found.gfn = (entry & bits(12, 51) & !inside | gva & inside) >> 12;
                 found.level = level;
+                found.dirty = entry & D != 0;
                 return Some(found);
             }
             table = entry;
@@ -663,7 +667,8 @@ impl World {
 
     fn reached(&mut self, number: usize, pfn: u64, kind: AccessKind, user: bool) {
         let (write, exec) = (kind == AccessKind::Write, kind == AccessKind::Fetch);
-        let gfn = self.judge(number, &Meaning { gfn: pfn, write, user, exec, level: 0 });
+        let gfn =
+            self.judge(number, &Meaning { gfn: pfn, write, user, exec, dirty: true, level: 0 });
         if write {
             self.was_written(gfn);
         }
@@ -690,7 +695,7 @@ impl World {
     fn judge(&self, number: usize, seen: &Meaning) -> u64 {
         let allows = |meaning: &&Meaning| {
             self.backing.pfn(meaning.gfn) == Some(seen.gfn)
-                && (meaning.write || !seen.write)
+                && (meaning.write && meaning.dirty || !seen.write)
                 && (meaning.user || !seen.user)
                 && (meaning.exec || !seen.exec)
         };
@@ -765,7 +770,7 @@ impl World {
         for number in 0..self.addresses.len() {
             let Some(found) = self.shadow(number) else { continue };
             let (write, user, exec) = (found.writable(), found.user(), found.executable());
-            let seen = Meaning { gfn: found.pa >> 12, write, user, exec, level: 0 };
+            let seen = Meaning { gfn: found.pa >> 12, write, user, exec, dirty: true, level: 0 };
             let _ = self.judge(number, &seen);
         }
         self.looks += 1;

@@ -72,6 +72,15 @@ impl Mode {
         NestedWalker::ept(Level::new(self.levels as u8).unwrap(), &cpu).unwrap()
     }
 
+    /// Was the page of a leaf written, or does nobody keep track?
+    const fn is_dirty(self, leaf: u64) -> bool {
+        match self.kind {
+            Kind::Ept { accessed_dirty: true } => leaf & 1 << 9 != 0,
+            Kind::Ept { accessed_dirty: false } => true,
+            Kind::Npt => leaf & D != 0,
+        }
+    }
+
     const fn is_ept(self) -> bool {
         matches!(self.kind, Kind::Ept { .. })
     }
@@ -189,6 +198,8 @@ struct Meaning {
     read: bool,
     write: bool,
     exec: bool,
+    /// Written: only then may a write go unseen.
+    dirty: bool,
     /// Level of the guest's page.
     level: u32,
 }
@@ -342,7 +353,8 @@ impl<F: Modelled> World<F> {
     /// The hypervisor's tables, walked by hand; `None` where every access is a fault.
     fn meaning(&self, address: u64) -> Option<Meaning> {
         let mode = self.mode;
-        let mut found = Meaning { gfn: 0, read: true, write: true, exec: true, level: 0 };
+        let mut found =
+            Meaning { gfn: 0, read: true, write: true, exec: true, dirty: true, level: 0 };
         let mut table = self.root;
         for level in (1..=mode.levels).rev() {
             let index = address >> mode.shift(level) & 511;
@@ -356,6 +368,7 @@ impl<F: Modelled> World<F> {
                 let inside = (1 << mode.shift(level)) - 1;
                 found.gfn = (entry & bits(12, 51) & !inside | address & inside) >> 12;
                 found.level = level;
+                found.dirty = self.mode.is_dirty(entry);
                 return Some(found);
             }
             table = entry;
@@ -532,7 +545,14 @@ impl<F: Modelled> World<F> {
         let (write, exec) = (kind == AccessKind::Write, kind == AccessKind::Fetch);
         let gfn = self.judge(
             number,
-            &Meaning { gfn: pfn, read: kind == AccessKind::Read, write, exec, level: 0 },
+            &Meaning {
+                gfn: pfn,
+                read: kind == AccessKind::Read,
+                write,
+                exec,
+                dirty: true,
+                level: 0,
+            },
         );
         if write {
             self.was_written(gfn);
@@ -560,7 +580,7 @@ impl<F: Modelled> World<F> {
     fn judge(&self, number: usize, seen: &Meaning) -> u64 {
         let allows = |meaning: &&Meaning| {
             self.backing.pfn(meaning.gfn) == Some(seen.gfn)
-                && (meaning.write || !seen.write)
+                && (meaning.write && meaning.dirty || !seen.write)
                 && (meaning.read || !seen.read)
                 && (meaning.exec || !seen.exec)
         };
@@ -636,7 +656,8 @@ impl<F: Modelled> World<F> {
             let Some(found) = self.shadow(number) else { continue };
             // The walk was a read.
             let (write, exec) = (found.writable(), found.executable());
-            let seen = Meaning { gfn: found.pa >> 12, read: true, write, exec, level: 0 };
+            let seen =
+                Meaning { gfn: found.pa >> 12, read: true, write, exec, dirty: true, level: 0 };
             let _ = self.judge(number, &seen);
         }
         self.looks += 1;
