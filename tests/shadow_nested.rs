@@ -524,7 +524,7 @@ impl<F: Modelled> World<F> {
                     if let Some(now) = self.meaning(address).filter(allows) {
                         self.fail(&format!("the hypervisor had a fault and {now:?}"));
                     }
-                    return;
+                    return self.reflect(number);
                 }
                 Err(error) => self.fail(&format!("{error}")),
             };
@@ -539,6 +539,16 @@ impl<F: Modelled> World<F> {
             }
         }
         self.fail("eight faults, and no end");
+    }
+
+    /// The hypervisor gets the fault, which is a flush of the address.
+    fn reflect(&mut self, number: usize) {
+        let address = self.addresses[number];
+        let gpa = Gpa::new(address);
+        self.vcpu.nested_invalidated(&self.lock, &self.guest, &self.memory, gpa);
+        self.core.lock().unwrap().cpu.flush_address(address);
+        self.allowed[number].clear();
+        self.remember(number);
     }
 
     fn reached(&mut self, number: usize, pfn: u64, kind: AccessKind) {
@@ -767,4 +777,33 @@ fn nested_ept_of_five_levels_is_never_wider() {
 fn nested_npt_is_never_wider() {
     run::<Npt>(Capabilities::npt(), Kind::Npt, 4);
     run::<Npt>(five(Capabilities::npt()), Kind::Npt, 4);
+}
+
+/// KVM row 4.39: a fault that the hypervisor gets invalidates its address, though nobody flushes.
+#[test]
+fn a_reflected_fault_invalidates_its_address() {
+    const ALL: u64 = 7 | 1 << 8 | 1 << 9;
+    const READ: u64 = 1 | 1 << 8 | 6 << 3;
+    let mode = Mode { kind: EPT, levels: 4 };
+    let caps = Capabilities::ept();
+    let mut world = World::<Ept>::new(1, caps, mode, 1000, ReclaimPolicy::Fifo);
+    for (table, next) in [(13, 10), (14, 10), (10, 6), (6, 0)] {
+        world.memory.set(table << 12, 8, (next << 12) | ALL);
+    }
+    world.memory.set(0, 8, (600 << 12) | READ);
+    // The nested guest may write to the table.
+    world.memory.set(8, 8, ALL | 6 << 3);
+    world.load();
+    let number = |gpa: u64| mode.addresses().iter().position(|one| *one == gpa).unwrap();
+    world.access(number(0), AccessKind::Read);
+    world.access(number(0x1000), AccessKind::Write);
+    assert!(world.is_writable(0), "the table is not out of sync");
+    world.memory.set(0, 8, (700 << 12) | READ);
+    world.remember_all();
+    assert_eq!(world.shadow(number(0)).unwrap().pa >> 12, world.backing.pfn(600).unwrap());
+    world.access(number(0), AccessKind::Write);
+    world.check();
+    world.access(number(0), AccessKind::Read);
+    assert_eq!(world.shadow(number(0)).unwrap().pa >> 12, world.backing.pfn(700).unwrap());
+    world.finish();
 }

@@ -9,7 +9,7 @@ use core::fmt;
 
 use arrayvec::ArrayVec;
 
-use mmu_core::addr::{Gfn, Gva, Hpa, Level};
+use mmu_core::addr::{Gfn, Gpa, Gva, Hpa, Level};
 use mmu_core::epoch::EpochError;
 use mmu_core::fault::FaultError;
 use mmu_core::spte::SpteFormat;
@@ -276,7 +276,25 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if !guest.is_canonical(gva) {
             return;
         }
-        let guest = guest.format();
+        self.invalidated(lock, guest.format(), mem, gva);
+    }
+
+    /// A nested fault at `gpa` goes to the guest hypervisor, which need not flush that address any
+    /// more: as [`guest_invalidated`](Self::guest_invalidated) for its nested tables (KVM row
+    /// 4.39). The caller flushes the CPU.
+    pub fn nested_invalidated<M, L>(&mut self, lock: &L, nested: &NestedWalker, mem: &M, gpa: Gpa)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        self.invalidated(lock, nested.format(), mem, Gva::new(gpa.get()));
+    }
+
+    fn invalidated<M, L>(&mut self, lock: &L, guest: EntryFormat<'_>, mem: &M, gva: Gva)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
         lock.with(|writer| {
             for root in self.root.iter().chain(&self.former).map(|held| held.page) {
                 writer.work(&mut self.actor, |work| work.invalidate(guest, mem, root, gva));
