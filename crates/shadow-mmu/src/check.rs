@@ -151,7 +151,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         let same =
             |other: &ShadowPage| other.role == page.role && other.generation == page.generation;
         let twins = self.writer.pages.of_gfn(page.gfn).filter(|(_, other)| same(other)).count();
-        if twins > 1 && !page.role.has(RoleFlags::INVALID) {
+        let found = !page.role.intersects(RoleFlags::INVALID | RoleFlags::PASSTHROUGH);
+        if twins > 1 && found {
             return Err(ShadowFlaw::Twice { page: id, gfn: page.gfn });
         }
         for index in 0..ENTRIES {

@@ -22,12 +22,18 @@ pub enum ShadowError {
     },
     /// A reverse map contradicts an entry: the VM is dead from now on.
     Rmap(RmapError),
-    /// The role's level is not that of this MMU's top tables.
+    /// The role's level is not that of the guest's top tables, or they have more levels than this
+    /// MMU's.
     WrongLevel {
         /// Level of the role.
         role: mmu_core::addr::Level,
         /// Level of the MMU's top tables.
         host: mmu_core::addr::Level,
+    },
+    /// PAE begins with pointers in registers, and only PAE does.
+    WrongRoot {
+        /// The guest's paging mode.
+        mode: crate::guest::PagingMode,
     },
 }
 
@@ -67,6 +73,7 @@ impl fmt::Display for ShadowError {
             Self::WrongLevel { role, host } => {
                 write!(f, "a root at {role} for tables whose top is at {host}")
             }
+            Self::WrongRoot { mode } => write!(f, "not a root of paging mode {mode:?}"),
         }
     }
 }

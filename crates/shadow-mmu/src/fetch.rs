@@ -12,20 +12,20 @@
 
 use mmu_core::access::Access;
 use mmu_core::addr::{Gfn, GfnRange, Gva, Level};
-use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome};
-use mmu_core::notify::Snapshot;
-use mmu_core::slot;
+use mmu_core::fault::FaultOutcome;
 use mmu_core::spte::{LeafSpec, Spte, SpteFormat};
 use mmu_core::stats::Counter;
-use mmu_core::traits::{Host, HostPage, ResolveError};
+use mmu_core::traits::Host;
 
 use crate::error::ShadowError;
 use crate::guest::{
-    GuestEntry, GuestMem, GuestWalk, GuestWalker, Operation, Privilege, Request, WalkPath,
+    EntryFormat, GuestEntry, GuestMem, GuestWalk, GuestWalker, NestedRequest, NestedWalk,
+    NestedWalker, Request, WalkPath,
 };
-use crate::page::{NewPage, Shadowed};
+use crate::page::{NewPage, ShadowPage, Shadowed};
+use crate::resolve::{Accessed, Target, needed, nested_needs};
 use crate::rmap::{MAX_ALIASES, RmapKey};
-use crate::role::{ChildShape, PageRole};
+use crate::role::{ChildShape, PageRole, RoleFlags};
 use crate::spte_ref::{PageId, SpteRef};
 use crate::sync::Synced;
 use crate::vcpu::ShadowVcpu;
@@ -37,26 +37,6 @@ use crate::zap::ShadowZap;
 const MAX_ATTEMPTS: usize = 4 * Level::ALL.len();
 /// Shadow pages that one fault may make: one for each level below the root.
 pub(crate) const PAGES_PER_FAULT: u32 = 4;
-
-/// What the guest's side of a fault was resolved to, with nothing held.
-#[derive(Debug)]
-pub(crate) struct Target<'a> {
-    pub(crate) gva: Gva,
-    pub(crate) path: &'a WalkPath,
-    /// What the entry may permit.
-    pub(crate) access: Access,
-    /// What the access needs.
-    pub(crate) needed: Access,
-    pub(crate) write: bool,
-    pub(crate) prefetch: bool,
-    pub(crate) page: HostPage,
-    /// The level to install at, if no guest table is in the way.
-    pub(crate) goal: Level,
-    pub(crate) logged: bool,
-    pub(crate) generation: u64,
-    pub(crate) snapshot: Snapshot,
-    pub(crate) root: PageId,
-}
 
 /// How an attempt ended.
 pub(crate) enum Attempt {
@@ -91,7 +71,53 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         M: GuestMem + ?Sized,
         L: WriterLock<F, H>,
     {
-        let target = match self.resolve(guest, walk, request)? {
+        let accessed = Accessed {
+            address: walk.gva,
+            path: &walk.path,
+            access: guest.shadow_access(walk, request),
+            needed: needed(request),
+        };
+        self.fault_at(lock, guest.format(), mem, accessed)
+    }
+
+    /// Handle an access of a nested guest to the physical address that `walk` translated by its
+    /// hypervisor's tables, as [`fault`](Self::fault) does. `request` is what was walked for (KVM
+    /// row 4.59).
+    ///
+    /// # Errors
+    /// [`ShadowError`]; no entry was changed.
+    #[doc(alias = "ept_page_fault")]
+    pub fn nested_fault<M, L>(
+        &mut self,
+        lock: &L,
+        nested: &NestedWalker,
+        mem: &M,
+        walk: &NestedWalk,
+        request: NestedRequest,
+    ) -> Result<FaultOutcome, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let (path, needed) = (&walk.path, nested_needs(request));
+        let written = needed.contains(Access::WRITE);
+        let access = if written { path.access } else { path.clean_access() };
+        let address = Gva::new(walk.gpa.get());
+        self.fault_at(lock, nested.format(), mem, Accessed { address, path, access, needed })
+    }
+
+    fn fault_at<M, L>(
+        &mut self,
+        lock: &L,
+        guest: EntryFormat<'_>,
+        mem: &M,
+        accessed: Accessed<'_>,
+    ) -> Result<FaultOutcome, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let target = match self.resolve(accessed)? {
             Ok(target) => target,
             Err(outcome) => return Ok(outcome),
         };
@@ -110,104 +136,11 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         })
     }
 
-    /// Find slot and page.
-    fn resolve<'a>(
-        &mut self,
-        guest: &GuestWalker,
-        walk: &'a GuestWalk,
-        request: Request,
-    ) -> Result<Result<Target<'a>, FaultOutcome>, FaultError> {
-        let (path, space) = (&walk.path, self.role.space());
-        let gfn = path.gfn;
-        let max_gfn = self.mmu.config().max_gfn_exclusive();
-        if gfn >= max_gfn {
-            return Err(FaultError::BeyondPhysical { gpa: gfn.address(), max_gfn });
-        }
-        let Some(root) = self.root else { return Err(FaultError::NoRoot) };
-        if let Some(reason) = self.actor.vm().is_dead() {
-            return Err(FaultError::Dead { reason });
-        }
-        let snapshot = self.actor.vm().notify().snapshot();
-        if !self.actor.keep_slot(space, gfn) {
-            return Ok(Err(FaultOutcome::Emulate(EmulateReason::NoSlot { gfn, space })));
-        }
-        let kept = self.actor.kept_slot().ok_or(FaultError::NoRoot)?;
-        let (slot, generation) = (*kept.slot(), kept.generation());
-        if slot.is_invalid() {
-            return Ok(Err(FaultOutcome::Retry));
-        }
-        let write = request.operation == Operation::Write;
-        if slot.is_read_only() && write {
-            let read_only = EmulateReason::ReadOnly { gfn, slot: slot.id };
-            return Ok(Err(FaultOutcome::Emulate(read_only)));
-        }
-        let wanted = if write { Access::WRITE } else { Access::READ };
-        let host = self.actor.vm().host();
-        let page = match host.resolve(&slot, gfn, wanted) {
-            Ok(page) if page.writable || !write => page,
-            refused => {
-                let source = refused.err().unwrap_or(ResolveError::ReadOnly);
-                return self.refused(gfn, slot.id, snapshot, generation, source);
-            }
-        };
-        if page.pfn >= self.mmu.config().max_pfn_exclusive() {
-            return Err(FaultError::BadHostPage { gfn, pfn: page.pfn.get() });
-        }
-        let logged = slot.logs_dirty();
-        let cap = if logged { Level::L1 } else { self.mmu.config().max_leaf_level() };
-        let cap = cap.min(path.level).min(page.level);
-        let congruent = |level: Level| (gfn.get() ^ page.pfn.get()) & (level.pages() - 1) == 0;
-        let mut goal = slot::max_level(&slot, gfn, cap);
-        while !congruent(goal) {
-            goal = goal.below();
-        }
-        let page = HostPage { writable: page.writable && !slot.is_read_only(), ..page };
-        Ok(Ok(Target {
-            gva: walk.gva,
-            path,
-            access: guest.shadow_access(walk, request),
-            needed: needed(request),
-            write,
-            prefetch: false,
-            page,
-            goal,
-            logged,
-            generation,
-            snapshot,
-            root,
-        }))
-    }
-
-    /// The host has no page: an error, unless what was asked for is not true any more.
-    fn refused<'a>(
-        &mut self,
-        gfn: Gfn,
-        slot: u16,
-        snapshot: Snapshot,
-        generation: u64,
-        source: ResolveError,
-    ) -> Result<Result<Target<'a>, FaultOutcome>, FaultError> {
-        let work = self.actor.shared();
-        let page = GfnRange::from_len(gfn, 1);
-        if work.vm.slots().generation() != generation
-            || work.vm.notify().must_retry(&work.section, snapshot, page)
-        {
-            return Ok(Err(FaultOutcome::Retry));
-        }
-        match source {
-            ResolveError::ReadOnly => {
-                Ok(Err(FaultOutcome::Emulate(EmulateReason::ReadOnly { gfn, slot })))
-            }
-            ResolveError::Interrupted => Ok(Err(FaultOutcome::Retry)),
-            source => Err(FaultError::Resolve { gfn, source }),
-        }
-    }
-
     /// Attempts, each in a section of its own, until one ends the fault.
     fn install<M: GuestMem + ?Sized>(
         &mut self,
         writer: &mut ShadowWriter<F, H>,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
     ) -> FaultOutcome {
@@ -232,7 +165,8 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
         let tables = path.entries.iter().map(|entry| Gfn::containing(entry.gpa));
         self.reserve_pages(PAGES_PER_FAULT, role.space(), tables)?;
         let space = role.space();
-        for level in [Level::L1, target.goal] {
+        // Any up to the goal: tables with a shadow may be in the way of a huge leaf.
+        for level in Level::ALL.into_iter().filter(|level| *level <= target.goal) {
             self.rmap.reserve(RmapKey { space, level, gfn: path.gfn })?;
         }
         // One for the leaf's list, too.
@@ -245,15 +179,14 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     fn attempt<M: GuestMem + ?Sized>(
         &mut self,
         cache: &mut mmu_core::frame::MmuCache,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
     ) -> Attempt {
-        let level = self.writer.blocks.max_level(target.path.gfn, target.goal);
-        let pages = GfnRange::entry(target.path.gfn, level);
+        let pages = GfnRange::entry(target.path.gfn, target.goal);
         if self.vm.slots().generation() != target.generation
             || self.vm.notify().must_retry(self.section, target.snapshot, pages)
-            || !self.is_current(target.root)
+            || !self.may_start(target)
         {
             return Attempt::Done(FaultOutcome::Retry);
         }
@@ -272,8 +205,11 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             };
             // Used: no flood of writes to it (KVM row 4.53).
             page.writes = 0;
-            let place = SpteRef::new(at, shadow_index(target.gva, page.level()));
-            if page.level() == level {
+            let level = page.level();
+            let place = SpteRef::new(at, shadow_index(target.gva, level));
+            // Asked anew at each level: the tables that this attempt makes shadows of may lie in
+            // the very page that is to be mapped.
+            if level == self.writer.blocks.max_level(target.path.gfn, target.goal) {
                 return self.install_leaf(place, target, level);
             }
             match self.step_down(cache, guest, mem, place, target) {
@@ -300,20 +236,19 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         PAGES_PER_FAULT
     }
 
-    /// Is the page one that a vCPU may start from?
-    pub(crate) fn is_current(&self, root: PageId) -> bool {
-        let generation = self.writer.generation;
-        let current = |page: &crate::page::ShadowPage| {
-            page.generation == generation && !page.role.has(crate::role::RoleFlags::INVALID)
-        };
-        self.writer.pages.get(root).is_some_and(current)
+    /// Does the root still stand for the tables that the walk began with?
+    fn may_start(&self, target: &Target<'_>) -> bool {
+        let Some(root) = self.writer.pages.get(target.root) else { return false };
+        let first = entry_at(target.path, root.level());
+        let same = first.is_none_or(|entry| Gfn::containing(entry.gpa) == root.gfn);
+        self.writer.is_current(target.root) && same
     }
 
     /// The page that the entry must link, linked.
     fn step_down<M: GuestMem + ?Sized>(
         &mut self,
         cache: &mut mmu_core::frame::MmuCache,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         place: SpteRef,
         target: &Target<'_>,
@@ -323,17 +258,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             return Err(Attempt::Done(FaultOutcome::Retry));
         };
         let (level, path) = (parent.level(), target.path);
-        let index = place.index();
-        let (gfn, role) = match entry_below(path, level) {
-            Some(entry) => {
-                let role = parent.role.child(index, entry.above, ChildShape::Shadow);
-                (Gfn::containing(entry.gpa), role)
-            }
-            None => {
-                let role = parent.role.child(index, target.access, ChildShape::Direct);
-                (path.gfn.align_down(level), role)
-            }
-        };
+        let (gfn, role) = child_of(parent, place.index(), target);
         if let Some(child) = self.linked_child(place, level)? {
             let page = self.writer.pages.get(child);
             if page.is_some_and(|page| page.gfn == gfn && page.role == role) {
@@ -344,7 +269,10 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             let _ = self.drop_entry(place);
             return Err(Attempt::Again);
         }
-        let child = match self.writer.pages.find(gfn, role, self.writer.generation) {
+        // What passes through is this vCPU's alone, and not found.
+        let shared = !role.has(RoleFlags::PASSTHROUGH);
+        let found = self.writer.pages.find(gfn, role, self.writer.generation);
+        let child = match found.filter(|_| shared) {
             Some(child) => child,
             None => self.make_page(cache, gfn, role)?,
         };
@@ -376,7 +304,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     /// asks for no flush, so the guest may rely on what its table says now (KVM row 4.40).
     fn in_sync<M: GuestMem + ?Sized>(
         &mut self,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         page: PageId,
     ) -> Result<(), Attempt> {
@@ -405,7 +333,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         self.writer.mmu.set_frame(page, Some(frame));
         self.shard.inc(Counter::Tables);
         self.writer.stats.pages_made += 1;
-        if self.writer.pages.get(page).is_some_and(crate::page::ShadowPage::shadows_a_table) {
+        if self.writer.pages.get(page).is_some_and(ShadowPage::shadows_a_table) {
             self.account(role.space(), gfn);
         }
         Ok(page)
@@ -426,19 +354,6 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     }
 }
 
-/// What an access needs of an entry.
-fn needed(request: Request) -> Access {
-    let operation = match request.operation {
-        Operation::Read => Access::READ,
-        Operation::Write => Access::WRITE,
-        Operation::Fetch => Access::EXEC,
-    };
-    match request.privilege {
-        Privilege::User => operation | Access::USER,
-        Privilege::Supervisor | Privilege::SupervisorAc | Privilege::Implicit => operation,
-    }
-}
-
 /// Index of the entry of ours that maps `gva` in a page at `level`.
 pub(crate) fn shadow_index(gva: Gva, level: Level) -> usize {
     Gfn::new(gva.get() >> 12).index(level)
@@ -448,6 +363,24 @@ pub(crate) fn shadow_index(gva: Gva, level: Level) -> usize {
 /// any more.
 pub(crate) fn entry_at(path: &WalkPath, level: Level) -> Option<&GuestEntry> {
     path.entries.iter().find(|entry| entry.level == level)
+}
+
+/// What the entry of `parent` must link on the way to the target: a shadow of the guest's table;
+/// above those another table that passes through, below them one that maps memory in a row.
+fn child_of(parent: &ShadowPage, index: usize, target: &Target<'_>) -> (Gfn, PageRole) {
+    let (level, path) = (parent.level(), target.path);
+    if let Some(entry) = entry_below(path, level) {
+        let role = parent.role.child(index, entry.above, ChildShape::Shadow);
+        return (Gfn::containing(entry.gpa), role);
+    }
+    if parent.role.has(RoleFlags::PASSTHROUGH) {
+        let role = parent.role.child(index, Access::ALL, ChildShape::Shadow);
+        let flags = role.flags().union(RoleFlags::PASSTHROUGH);
+        return (parent.gfn, role.with_flags(flags));
+    }
+    // The whole row permits what the guest's leaf does (KVM row 4.25).
+    let role = parent.role.child(index, target.access, ChildShape::Direct);
+    (path.gfn.align_down(level), role)
 }
 
 /// The guest's entry one level lower, whose table a child shadows.

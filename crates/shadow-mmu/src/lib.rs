@@ -14,11 +14,11 @@
 //! 5. **A bound on everything.** The guest chooses its tables: walks end, chains are cut, pages
 //!    have a quota, work is done in slices.
 //!
-//! Reading order: [`guest`] (walks over the guest's tables); [`role`], `page` (what a shadow page
-//! is); [`writer`] (who changes them), `change` (the one place that writes entries), `fetch`
-//! (faults); `sync`, `track` (following the guest's writes); `parent`, [`rmap`] (ways back);
-//! [`zap`], [`reclaim`] (taking away); [`check`] (does it all agree?). The standard is section 4 of
-//! `docs/KVM_PARITY.md`.
+//! Reading order: [`guest`] (walks over the guest's tables); [`role`], `root`, `page` (what a
+//! shadow page is); [`writer`] (who changes them), `change` (the one place that writes entries),
+//! `resolve`, `fetch` (faults); `sync`, `track` (following the guest's writes); `parent`, [`rmap`]
+//! (ways back); [`zap`], [`reclaim`] (taking away); [`check`] (does it all agree?). The standard is
+//! section 4 of `docs/KVM_PARITY.md`.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -43,9 +43,11 @@ mod page;
 mod parent;
 mod radix;
 pub mod reclaim;
+mod resolve;
 pub mod retry;
 pub mod rmap;
 pub mod role;
+mod root;
 mod spte_ref;
 pub mod stats;
 mod sync;

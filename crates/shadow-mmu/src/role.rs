@@ -31,7 +31,7 @@ bitflags! {
         const SMEP_AND_NOT_WP = 1 << 5;
         /// The guest has SMAP on and CR0.WP off.
         const SMAP_AND_NOT_WP = 1 << 6;
-        /// No accessed and dirty bits in its own entries.
+        /// The guest's entries have no accessed and dirty bits: its hypervisor left them off.
         const AD_DISABLED = 1 << 7;
         /// Shadows a table of a guest hypervisor, for its guest.
         const GUEST_MODE = 1 << 8;
@@ -39,6 +39,10 @@ bitflags! {
         const PASSTHROUGH = 1 << 9;
         /// Mode-based execute, or guest-mode execute trap, in the guest hypervisor's tables.
         const MODE_BASED = 1 << 10;
+        /// The guest's tables are PAE's, which reserves bits that long mode ignores (KVM bug B62).
+        const PAE = 1 << 11;
+        /// The guest has tables of four-byte entries and CR4.PSE set: bit 7 makes a page.
+        const PSE = 1 << 12;
     }
 }
 
@@ -110,6 +114,12 @@ impl PageRole {
         self.flags().contains(flag)
     }
 
+    /// Is any of the flags on?
+    #[must_use]
+    pub const fn intersects(self, flags: RoleFlags) -> bool {
+        self.flags().intersects(flags)
+    }
+
     const fn with(self, shift: u32, mask: u32, value: u32) -> Self {
         Self(self.0 & !(mask << shift) | (value & mask) << shift)
     }
@@ -160,8 +170,14 @@ impl PageRole {
             return child.with_quadrant(0);
         }
         // One level-2 entry of the guest maps 4 MiB, two of ours: the lowest bit of the index says
-        // which half of the guest's table the child shadows.
-        child.with_quadrant(index as u32 & 1)
+        // which half of the guest's table the child shadows. The guest's top table maps 4 GiB, four
+        // tables of ours (KVM row 4.23).
+        let part = match child.level() {
+            Level::L1 => index as u32 & 1,
+            Level::L2 => index as u32 & 3,
+            _ => 0,
+        };
+        child.with_quadrant(part)
     }
 
     /// The packed word.
@@ -192,11 +208,11 @@ impl fmt::Debug for PageRole {
     }
 }
 
-/// How many shadow pages of one gfn can exist in an address space: 5 levels, or with four-byte
-/// entries 2 halves and 4 quarters; 16 access sets; NX, WP and what depends on it (3 of 8
-/// combinations more than one), A/D, nesting and mode-based execute. The counts of write tracking
-/// hold as many (KVM row 4.19).
-const PAGES_OF_A_GFN: u32 = (5 + 2 + 4) * 16 * 2 * 5 * 2 * 2 * 2;
+/// How many shadow pages of one gfn can exist in an address space: 5 levels, 2 of PAE, or with
+/// four-byte entries 2 halves and 4 quarters with and without PSE; 16 access sets; NX, WP and what
+/// depends on it (3 of 8 combinations more than one), A/D, nesting and mode-based execute. The
+/// counts of write tracking hold as many (KVM row 4.19).
+const PAGES_OF_A_GFN: u32 = (5 + 2 + (2 + 4) * 2) * 16 * 2 * 5 * 2 * 2 * 2;
 
 static_assertions::const_assert!(PAGES_OF_A_GFN >> u16::BITS == 0);
 
@@ -257,5 +273,12 @@ mod tests {
             assert_eq!(child.quadrant(), index as u32 % 2);
         }
         assert_eq!(parent.child(1, Access::ALL, ChildShape::Direct).quadrant(), 0);
+        let top = PageRole::new(Level::L3, RoleFlags::FOUR_BYTES | RoleFlags::PASSTHROUGH);
+        for index in 0..4 {
+            let child = top.child(index, Access::ALL, ChildShape::Shadow);
+            assert_eq!(child.quadrant(), index as u32, "a quarter of the guest's top table");
+        }
+        let above = PageRole::new(Level::L4, RoleFlags::FOUR_BYTES | RoleFlags::PASSTHROUGH);
+        assert_eq!(above.child(1, Access::ALL, ChildShape::Shadow).quadrant(), 0);
     }
 }

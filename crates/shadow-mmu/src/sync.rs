@@ -14,9 +14,10 @@ use mmu_core::spte::{LeafSpec, SpteFormat};
 use mmu_core::sync::ENTRIES;
 use mmu_core::traits::Host;
 
-use crate::guest::{GuestLeaf, GuestMem, GuestWalker};
+use crate::guest::{EntryFormat, GuestLeaf, GuestMem};
 use crate::page::{ShadowPage, Shadowed};
 use crate::role::RoleFlags;
+use crate::root::reads;
 use crate::spte_ref::{PageId, SpteRef};
 use crate::writer::Work;
 
@@ -62,7 +63,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     /// Make the pages at and below `top` follow their tables: a batch of them.
     pub(crate) fn sync_tree<M: GuestMem + ?Sized>(
         &mut self,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         top: PageId,
     ) -> Synced {
@@ -113,7 +114,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     }
 
     /// Make a page at level 1 follow its table, which is write-protected and flushed.
-    fn sync_page<M: GuestMem + ?Sized>(&mut self, guest: &GuestWalker, mem: &M, id: PageId) {
+    fn sync_page<M: GuestMem + ?Sized>(&mut self, guest: EntryFormat<'_>, mem: &M, id: PageId) {
         for index in 0..ENTRIES {
             if !self.sync_entry(guest, mem, SpteRef::new(id, index)) {
                 // The table is no memory any more (KVM row 4.34).
@@ -127,7 +128,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     /// Make one entry at level 1 follow the guest's; `false` if that cannot be read.
     pub(crate) fn sync_entry<M: GuestMem + ?Sized>(
         &mut self,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         spte: SpteRef,
     ) -> bool {
@@ -137,6 +138,10 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             return true;
         }
         let Some(page) = self.writer.pages.get(spte.page()) else { return true };
+        if !reads(guest, page.role) {
+            let _ = self.drop_entry(spte);
+            return true;
+        }
         let (at, width) = (entry_address(page, spte.index()), guest.width());
         let (role, shadowed) = (page.role, page.shadowed(spte.index()));
         let Ok(value) = mem.read(at, width) else { return false };

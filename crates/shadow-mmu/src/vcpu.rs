@@ -9,7 +9,7 @@ use core::fmt;
 
 use arrayvec::ArrayVec;
 
-use mmu_core::addr::{Gfn, Gva, Hpa, Level};
+use mmu_core::addr::{Gfn, Gpa, Gva, Hpa, Level};
 use mmu_core::epoch::EpochError;
 use mmu_core::fault::FaultError;
 use mmu_core::spte::SpteFormat;
@@ -18,10 +18,11 @@ use mmu_core::vm::Actor;
 
 use crate::error::ShadowError;
 use crate::fetch::{Attempt, shadow_index};
-use crate::guest::{GuestMem, GuestWalker};
+use crate::guest::{EntryFormat, GuestMem, GuestRoot, GuestWalker, NestedWalker};
 use crate::mmu::ShadowMmu;
 use crate::page::ShadowPage;
 use crate::role::{PageRole, RoleFlags};
+use crate::root::{Held, RootKey};
 use crate::spte_ref::{PageId, SpteRef};
 use crate::sync::Synced;
 use crate::writer::{ShadowWriter, Work, WriterLock};
@@ -37,8 +38,8 @@ pub struct ShadowVcpu<F: SpteFormat, H: Host> {
     pub(crate) actor: Actor<H>,
     /// Role of the current root.
     pub(crate) role: PageRole,
-    pub(crate) root: Option<PageId>,
-    former: ArrayVec<PageId, FORMER_ROOTS>,
+    pub(crate) root: Option<Held>,
+    former: ArrayVec<Held, FORMER_ROOTS>,
 }
 
 impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
@@ -57,11 +58,8 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         &mut self.actor
     }
 
-    /// The guest loads CR3: run on the shadow of the table in `gfn`, in `role`, whose level is that
-    /// of the guest's top tables and of the host's. Also what the guest does to flush everything
-    /// that is not global, so the root follows the guest's tables when this returns.
-    ///
-    /// The address is for the CPU, which loads it with a flush of its own.
+    /// The guest loads CR3 with the address of the table in `gfn`: as
+    /// [`load_guest_root`](Self::load_guest_root), in every mode but PAE's.
     ///
     /// # Errors
     /// [`ShadowError`]; the vCPU is on its former root.
@@ -78,33 +76,109 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         M: GuestMem + ?Sized,
         L: WriterLock<F, H>,
     {
-        let host = self.mmu.config().levels();
-        if role.level() != host {
-            return Err(ShadowError::WrongLevel { role: role.level(), host });
-        }
+        self.load_guest_root(lock, guest, mem, &GuestRoot::Cr3(gfn.address().get()), role)
+    }
+
+    /// The guest loads CR3, or whatever makes a processor load it: run on a shadow of the tables at
+    /// `root`, in `role`, whose level is that of the guest's top tables (any without paging). Also
+    /// what the guest does to flush everything that is not global, so the root follows the guest's
+    /// tables when this returns. That the tables are no memory is no error: nothing is mapped then,
+    /// and walks say why.
+    ///
+    /// The address is for the CPU, which loads it with a flush of its own. A CPU that keeps the top
+    /// entries of PAE tables in registers has to load them anew after each fault and each flush;
+    /// entering the guest does.
+    ///
+    /// # Errors
+    /// [`ShadowError`]; the vCPU is on its former root.
+    pub fn load_guest_root<M, L>(
+        &mut self,
+        lock: &L,
+        guest: &GuestWalker,
+        mem: &M,
+        root: &GuestRoot,
+        role: PageRole,
+    ) -> Result<Hpa, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        self.load(lock, guest.format(), mem, root, role)
+    }
+
+    /// The guest hypervisor enters its guest on the nested tables at `root`: its EPT pointer or
+    /// nested CR3. As [`load_guest_root`](Self::load_guest_root); the handle is one for the nested
+    /// guest's tables, whose roots are kept apart from those of the hypervisor's (KVM rows 4.39,
+    /// 4.59). `space` is the address space.
+    ///
+    /// # Errors
+    /// [`ShadowError`]; the vCPU is on its former root.
+    #[doc(alias = "kvm_init_shadow_ept_mmu")]
+    pub fn load_nested_root<M, L>(
+        &mut self,
+        lock: &L,
+        nested: &NestedWalker,
+        mem: &M,
+        root: u64,
+        space: u16,
+    ) -> Result<Hpa, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let format = nested.format();
+        let level = format.mode().root_level().unwrap_or(Level::L4);
+        let role = PageRole::new(level, RoleFlags::empty()).in_space(space);
+        self.load(lock, format, mem, &GuestRoot::Cr3(root), role)
+    }
+
+    fn load<M, L>(
+        &mut self,
+        lock: &L,
+        guest: EntryFormat<'_>,
+        mem: &M,
+        root: &GuestRoot,
+        role: PageRole,
+    ) -> Result<Hpa, ShadowError>
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        let key = RootKey::of(guest, root, role, self.mmu.config().levels())?;
         self.actor.top_up(1)?;
         lock.with(|writer| {
             writer.make_room(&mut self.actor, 1);
-            writer.reserve_pages(1, role.space(), core::iter::once(gfn))?;
-            let root = self.find_root(writer, gfn, role)?;
-            if self.root != Some(root) {
-                writer.hold_root(root);
-                self.switch_to(writer, root);
+            writer.reserve_pages(1, role.space(), core::iter::once(key.gfn))?;
+            let page = self.find_root(writer, key)?;
+            if self.page() != Some(page) {
+                writer.hold_root(page);
+                self.switch_to(writer, Held { page, key });
             }
-            self.role = role;
-            self.sync_root(writer, guest, mem, root);
-            let page = writer.pages.get(root).ok_or(FaultError::NoRoot)?;
+            self.role = key.role;
+            self.sync_root(writer, guest, mem, page);
+            let page = writer.pages.get(page).ok_or(FaultError::NoRoot)?;
             Ok(page.frame.address())
         })
+    }
+
+    /// The current root.
+    pub(crate) fn page(&self) -> Option<PageId> {
+        self.root.map(|held| held.page)
     }
 
     fn find_root(
         &mut self,
         writer: &mut ShadowWriter<F, H>,
-        gfn: Gfn,
-        role: PageRole,
+        key: RootKey,
     ) -> Result<PageId, ShadowError> {
-        if let Some(root) = writer.pages.find(gfn, role, writer.generation) {
+        let RootKey { gfn, role, .. } = key;
+        let found = if key.is_private() {
+            let mine = self.root.iter().chain(&self.former).find(|held| held.key == key);
+            mine.map(|held| held.page).filter(|page| writer.is_current(*page))
+        } else {
+            writer.pages.find(gfn, role, writer.generation)
+        };
+        if let Some(root) = found {
             return Ok(root);
         }
         let made = writer
@@ -117,17 +191,17 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
 
     /// Make `root`, which is held, the current one; the former goes to the cache, whose oldest
     /// goes.
-    fn switch_to(&mut self, writer: &mut ShadowWriter<F, H>, root: PageId) {
+    fn switch_to(&mut self, writer: &mut ShadowWriter<F, H>, root: Held) {
         let former = self.root.replace(root);
         let Some(former) = former else { return };
-        if let Some(at) = self.former.iter().position(|cached| *cached == root) {
+        if let Some(at) = self.former.iter().position(|cached| cached.page == root.page) {
             // Held twice for a moment: by the cache and as the current one.
             self.former.remove(at);
-            writer.release_root(&mut self.actor, root);
+            writer.release_root(&mut self.actor, root.page);
         }
         if self.former.is_full() {
             let oldest = self.former.remove(0);
-            writer.release_root(&mut self.actor, oldest);
+            writer.release_root(&mut self.actor, oldest.page);
         }
         self.former.push(former);
     }
@@ -135,7 +209,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     fn sync_root<M: GuestMem + ?Sized>(
         &mut self,
         writer: &mut ShadowWriter<F, H>,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         root: PageId,
     ) {
@@ -156,16 +230,36 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         M: GuestMem + ?Sized,
         L: WriterLock<F, H>,
     {
+        self.flushed(lock, guest.format(), mem);
+    }
+
+    /// The guest hypervisor executed INVEPT, or flushed the nested guest's addresses: as
+    /// [`guest_flushed`](Self::guest_flushed), for its nested tables (KVM row 4.39).
+    #[doc(alias = "handle_invept")]
+    pub fn nested_flushed<M, L>(&mut self, lock: &L, nested: &NestedWalker, mem: &M)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        self.flushed(lock, nested.format(), mem);
+    }
+
+    fn flushed<M, L>(&mut self, lock: &L, guest: EntryFormat<'_>, mem: &M)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
         lock.with(|writer| {
-            if let Some(root) = self.root {
+            if let Some(root) = self.page() {
                 self.sync_root(writer, guest, mem, root);
             }
-            let stale = |id: &PageId| writer.pages.get(*id).is_none_or(ShadowPage::needs_sync);
-            let gone: ArrayVec<PageId, FORMER_ROOTS> =
+            let stale =
+                |held: &Held| writer.pages.get(held.page).is_none_or(ShadowPage::needs_sync);
+            let gone: ArrayVec<Held, FORMER_ROOTS> =
                 self.former.iter().copied().filter(stale).collect();
-            self.former.retain(|id| !gone.contains(id));
+            self.former.retain(|held| !gone.contains(held));
             for root in gone {
-                writer.release_root(&mut self.actor, root);
+                writer.release_root(&mut self.actor, root.page);
             }
         });
     }
@@ -182,8 +276,27 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if !guest.is_canonical(gva) {
             return;
         }
+        self.invalidated(lock, guest.format(), mem, gva);
+    }
+
+    /// A nested fault at `gpa` goes to the guest hypervisor, which need not flush that address any
+    /// more: as [`guest_invalidated`](Self::guest_invalidated) for its nested tables (KVM row
+    /// 4.39). The caller flushes the CPU.
+    pub fn nested_invalidated<M, L>(&mut self, lock: &L, nested: &NestedWalker, mem: &M, gpa: Gpa)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
+        self.invalidated(lock, nested.format(), mem, Gva::new(gpa.get()));
+    }
+
+    fn invalidated<M, L>(&mut self, lock: &L, guest: EntryFormat<'_>, mem: &M, gva: Gva)
+    where
+        M: GuestMem + ?Sized,
+        L: WriterLock<F, H>,
+    {
         lock.with(|writer| {
-            for root in self.root.iter().chain(&self.former).copied() {
+            for root in self.root.iter().chain(&self.former).map(|held| held.page) {
                 writer.work(&mut self.actor, |work| work.invalidate(guest, mem, root, gva));
             }
         });
@@ -192,20 +305,15 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     /// Is the root still good? If not, leave the guest and load it again.
     #[must_use]
     pub fn root_is_current<L: WriterLock<F, H>>(&self, lock: &L) -> bool {
-        let Some(root) = self.root else { return false };
-        lock.with(|writer| {
-            let generation = writer.generation;
-            writer.pages.get(root).is_some_and(|page| {
-                page.generation == generation && !page.role.has(RoleFlags::INVALID)
-            })
-        })
+        let Some(root) = self.page() else { return false };
+        lock.with(|writer| writer.is_current(root))
     }
 
     /// Leave all roots: before the vCPU goes.
     pub fn drop_roots<L: WriterLock<F, H>>(&mut self, lock: &L) {
         lock.with(|writer| {
             for root in self.root.take().into_iter().chain(self.former.take()) {
-                writer.release_root(&mut self.actor, root);
+                writer.release_root(&mut self.actor, root.page);
             }
         });
     }
@@ -228,12 +336,23 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
         }
     }
 
-    /// A vCPU does not need the root any more. An invalid one goes with its last.
+    /// Is the page one that a vCPU may start from?
+    pub(crate) fn is_current(&self, root: PageId) -> bool {
+        self.pages.get(root).is_some_and(|page| {
+            page.generation == self.generation && !page.role.has(RoleFlags::INVALID)
+        })
+    }
+
+    /// A vCPU does not need the root any more. An invalid one goes with its last, and so does one
+    /// that nobody else can find.
     fn release_root(&mut self, actor: &mut Actor<H>, root: PageId) {
         let Some(page) = self.pages.get_mut(root) else { return };
         page.roots = page.roots.saturating_sub(1);
-        if page.roots == 0 && page.role.has(RoleFlags::INVALID) {
+        let (roots, role) = (page.roots, page.role);
+        if roots == 0 && role.has(RoleFlags::INVALID) {
             self.work(actor, |work| work.free(root));
+        } else if roots == 0 && role.has(RoleFlags::PASSTHROUGH) {
+            self.work(actor, |work| work.zap_page(root));
         }
     }
 
@@ -259,7 +378,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     /// Make the entry for `gva` follow the guest's, if its page is out of sync.
     fn invalidate<M: GuestMem + ?Sized>(
         &mut self,
-        guest: &GuestWalker,
+        guest: EntryFormat<'_>,
         mem: &M,
         root: PageId,
         gva: Gva,

@@ -141,7 +141,10 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
 
     fn doom_orphan(&mut self, child: PageId) {
         let orphan = |page: &ShadowPage| {
-            page.role.has(RoleFlags::GUEST_MODE) && page.parents.is_empty() && page.roots == 0
+            // What passes through is found by nobody: it is one vCPU's.
+            page.role.intersects(RoleFlags::GUEST_MODE | RoleFlags::PASSTHROUGH)
+                && page.parents.is_empty()
+                && page.roots == 0
         };
         if self.writer.pages.get(child).is_some_and(orphan) {
             self.writer.pages.doom(child);

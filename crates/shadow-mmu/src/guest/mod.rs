@@ -30,7 +30,7 @@ pub mod walker;
 
 pub use cpu::{EptCpu, GuestControls, GuestCpu};
 pub use descent::MAX_ATTEMPTS;
-pub(crate) use leaf::GuestLeaf;
+pub(crate) use leaf::{EntryFormat, GuestLeaf};
 pub use memory::{EntryWidth, Exchange, GuestMem, LogFull, NotMemory};
 pub use mode::{ModeError, PagingMode};
 pub use nested::{NestedRequest, NestedTables, NestedWalker, Purpose, TwoDimensionalWalk};

@@ -97,6 +97,10 @@ impl NestedWalker {
         self.rules.mode
     }
 
+    pub(super) const fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
     /// What `value` says as an entry of a table of `level`, by itself.
     #[must_use]
     pub fn meaning(&self, level: Level, value: u64) -> EntryMeaning {

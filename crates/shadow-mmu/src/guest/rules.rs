@@ -229,6 +229,11 @@ impl Rules {
         self.levels.get(level.slot()).copied().unwrap_or_default()
     }
 
+    /// Are there two kinds of execution?
+    pub(super) const fn is_mode_based(&self) -> bool {
+        matches!(self.permissions, Permissions::Ept { mode_based_execute: true, .. })
+    }
+
     /// Is the entry present (KVM row 4.4)?
     #[inline]
     pub(super) const fn is_present(&self, value: u64) -> bool {
