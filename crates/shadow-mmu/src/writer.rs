@@ -1,7 +1,7 @@
 //! The one hand that changes shadow tables.
 //!
 //! Owns [`ShadowWriter`]: the table of shadow pages and the reverse maps' writer, for the embedder
-//! to keep in a mutex; and [`Work`], the writer at work inside a Shared section, with the debt that
+//! to keep in a mutex; and `Work`, the writer at work inside a Shared section, with the debt that
 //! it runs up. The section is what an invalidation drains
 //! ([`Invalidations::begin`](mmu_core::notify::Invalidations::begin)): a fault checks in it that
 //! nothing was taken back, and installs before it ends.

@@ -1,10 +1,10 @@
 //! Taking away: entries, shadow pages, what maps a range.
 //!
-//! Adds to [`Work`]: [`drop_entry`](Work::drop_entry), the one way in which an entry loses what it
-//! has (leaf off its reverse map, link off its child), [`zap_page`](Work::zap_page) (KVM row 4.47),
-//! and to [`ShadowWriter`] the unmapping of guest frames that the host takes back. Flushes are owed
-//! for all of it and paid before the writer is given up; a page's frame is reused only after that
-//! and a grace period, so neither a CPU nor an ager can still be at it.
+//! Adds to `Work`: `drop_entry`, the one way in which an entry loses what it has (leaf off its
+//! reverse map, link off its child), `zap_page` (KVM row 4.47), and to
+//! [`ShadowMmu`] the unmapping of guest frames that the host takes back. Flushes
+//! are owed for all of it and paid before the writer is given up; a page's frame is reused only
+//! after that and a grace period, so neither a CPU nor an ager can still be at it.
 
 use mmu_core::addr::{Gfn, GfnRange, Level, to_u64};
 use mmu_core::flush::FlushDebt;
