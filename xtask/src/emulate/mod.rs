@@ -97,7 +97,14 @@ fn choose(groups: &[String], options: &Options) -> Result<Vec<&'static Machine>,
                 format!("emulate: no machine {name} there; all: {}", names.join(" ")).into()
             );
         }
+        return Ok(machines);
     }
+    machines.retain(|machine| {
+        if let Some(why) = machine.aside {
+            println!("{:<18} NOT RUN, only by name (--machine): {why}", machine.name);
+        }
+        machine.aside.is_none()
+    });
     Ok(machines)
 }
 
