@@ -31,6 +31,8 @@ mod limits;
 mod pair;
 #[path = "rows/report.rs"]
 mod report;
+#[path = "rows/shadow.rs"]
+mod shadow;
 #[path = "rows/stall.rs"]
 mod stall;
 #[path = "rows/tib.rs"]

@@ -61,6 +61,11 @@ impl Tables {
         Self { words, root, eptp }
     }
 
+    /// Page of the guest's top table.
+    pub fn root(&self) -> u64 {
+        self.root
+    }
+
     pub fn walk(&self, pages: impl Iterator<Item = u64>) {
         let walker = GuestWalker::new(&GuestCpu::baseline(), GuestControls::LONG);
         let walker = walker.expect("a processor that exists");

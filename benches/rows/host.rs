@@ -184,6 +184,22 @@ impl Shape {
     }
 }
 
+/// A VM of `pages` pages in one slot, with this many table frames; no tables yet.
+pub fn vm_core(
+    pages: u64,
+    frames: u64,
+    max_gfn_exclusive: Gfn,
+) -> (Arc<VmCore<BenchHost>>, SlotWriter) {
+    let limits = SlotLimits::new(1, max_gfn_exclusive);
+    let host = BenchHost::new(frames, Level::L1);
+    let (core, mut slots) = VmCore::new(host, 4, limits, std::thread::yield_now).expect("memory");
+    let mut actor = core.actor().expect("room");
+    let _ =
+        core.set_slot(&mut slots, &mut actor, &request(0, 0, pages), |_, _| {}).expect("a slot");
+    drop(actor);
+    (core, slots)
+}
+
 /// A VM with one vCPU.
 pub struct Vm {
     pub mmu: Arc<TdpMmu<Ept, BenchHost>>,
