@@ -21,8 +21,8 @@ use mmu_core::traits::{
 };
 use mmu_core::vm::Actor;
 
-use crate::mmu::ShadowMmu;
-use crate::rmap::{Busy, RmapKey, SPACES};
+use crate::mmu::{Cells, ShadowMmu};
+use crate::rmap::{Busy, Lists, SPACES};
 
 /// Bits of a mask word.
 const WORD: usize = 64;
@@ -70,6 +70,8 @@ impl<F: SpteFormat, H: Host> AgeRange for ShadowMmu<F, H> {
             report: AgeReport::empty(request.range.end),
             debt: FlushDebt::new(),
             huge: None,
+            lists: [0, 1].map(|space| LEAVES.map(|level| self.rmaps().walk(space, level))),
+            cells: self.cells(),
         };
         pass.run(reader, sink);
         let Pass { report, mut debt, .. } = pass;
@@ -126,6 +128,9 @@ struct Pass<'a, F: SpteFormat, H: Host> {
     debt: FlushDebt,
     /// The block of 1 GiB looked at last, and what its own leaves said: told for each part.
     huge: Option<(Gfn, Seen)>,
+    /// Address space by address space, level by level.
+    lists: [[Option<Lists<'a>>; LEAVES.len()]; SPACES],
+    cells: Cells<'a, F, H>,
 }
 
 impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
@@ -250,11 +255,12 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
         gfn: Gfn,
     ) -> Seen {
         let mut seen = Seen::default();
-        for space in (0..).take(SPACES) {
-            let key = RmapKey { space, level, gfn };
+        for space in 0..SPACES {
+            let lists = self.lists.get_mut(space).and_then(|levels| levels.get_mut(level.slot()));
+            let Some(Some(lists)) = lists else { continue };
             let list = match self.request.effort {
-                Effort::Full => self.mmu.rmaps().lock(key),
-                Effort::Fast => match self.mmu.rmaps().try_lock(key) {
+                Effort::Full => lists.lock(gfn),
+                Effort::Fast => match lists.try_lock(gfn) {
                     Ok(list) => list,
                     Err(Busy) => {
                         seen.unknown = true;
@@ -265,11 +271,11 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             let Some(list) = list else { continue };
             for spte in list.entries() {
                 self.report.entries += 1;
-                let Some(cell) = self.mmu.cell(section, spte) else { continue };
+                let Some(cell) = self.cells.get(section, spte) else { continue };
                 let now = cell.peek();
                 if now.is_leaf(level) {
                     seen.mapped = true;
-                    seen.young |= self.leaf(shard, cell, now, key);
+                    seen.young |= self.leaf(shard, cell, now, level, gfn);
                 }
             }
         }
@@ -277,7 +283,14 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
     }
 
     /// Was the leaf used? Clears what it saw, if that is asked for.
-    fn leaf(&mut self, shard: &StatsShard, cell: &SpteCell, now: Spte, key: RmapKey) -> bool {
+    fn leaf(
+        &mut self,
+        shard: &StatsShard,
+        cell: &SpteCell,
+        now: Spte,
+        level: Level,
+        gfn: Gfn,
+    ) -> bool {
         let config = self.mmu.config();
         if !config.is_accessed(now) {
             return false;
@@ -293,7 +306,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             self.report.lost += 1;
         }
         if self.request.mode == AgeMode::ClearFlush && self.request.effort == Effort::Full {
-            self.debt.owe(GfnRange::from_len(key.gfn.align_down(key.level), key.level.pages()));
+            self.debt.owe(GfnRange::entry(gfn, level));
         }
         true
     }

@@ -17,7 +17,7 @@ use mmu_core::traits::Host;
 use mmu_core::vm::VmCore;
 
 use crate::age::Unflushed;
-use crate::radix::{NoMemory, Radix};
+use crate::radix::{Near, NoMemory, Radix};
 use crate::rmap::Rmaps;
 use crate::spte_ref::{PageId, SpteRef};
 
@@ -75,18 +75,34 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
         }
     }
 
+    /// For lookups of entries whose pages are often the same.
+    pub(crate) fn cells(&self) -> Cells<'_, F, H> {
+        Cells { mmu: self, frames: self.frames.near() }
+    }
+}
+
+/// Finds entries by the names that stand on lists.
+pub(crate) struct Cells<'a, F: SpteFormat, H: Host> {
+    mmu: &'a ShadowMmu<F, H>,
+    frames: Near<'a, plain::AtomicU64>,
+}
+
+impl<'a, F: SpteFormat, H: Host> Cells<'a, F, H> {
     /// The entry that a list names, for who holds the list still; `None` only if the tables
     /// contradict each other.
-    pub(crate) fn cell<'g>(
-        &'g self,
+    pub(crate) fn get<'g>(
+        &mut self,
         section: &'g EpochGuard<'_>,
         spte: SpteRef,
-    ) -> Option<&'g SpteCell> {
+    ) -> Option<&'g SpteCell>
+    where
+        'a: 'g,
+    {
         let place = self.frames.get(u64::from(spte.page().get()))?;
         // ORDERING[shadow-frame]: Relaxed. Under the list's bit lock, or by the writer: pairs with
         // the store in `set_frame`.
         let frame = place.load(plain::Ordering::Relaxed).checked_sub(1)?;
-        self.vm.pool().table(section, Pfn::new(frame)).entries().get(spte.index())
+        self.mmu.vm.pool().table(section, Pfn::new(frame)).entries().get(spte.index())
     }
 }
 

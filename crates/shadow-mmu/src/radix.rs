@@ -47,11 +47,22 @@ impl<T: Default> Radix<T> {
     /// The element at `index`, if its part of the array was ever [provided](Self::provide).
     #[inline]
     pub(crate) fn get(&self, index: u64) -> Option<&T> {
+        self.part(index)?.get(digit(index, 0))
+    }
+
+    /// For lookups of indices that lie near one another.
+    pub(crate) fn near(&self) -> Near<'_, T> {
+        Near { array: self, last: None }
+    }
+
+    /// The elements that were provided together with the one at `index`.
+    #[inline]
+    fn part(&self, index: u64) -> Option<&[T]> {
         let mut place = self.place(index)?;
         let mut shift = self.shift;
         loop {
             match place.get()? {
-                Node::Leaf(elements) => return elements.get(digit(index, 0)),
+                Node::Leaf(elements) => return Some(elements),
                 Node::Inner(places) => place = places.get(digit(index, shift))?,
             }
             shift = shift.saturating_sub(NODE_BITS);
@@ -134,6 +145,32 @@ impl<T: Default> Radix<T> {
     }
 }
 
+/// Looks up one element after the other, and finds the part that several lie in once: what is there
+/// never moves.
+#[derive(Debug)]
+pub(crate) struct Near<'a, T> {
+    array: &'a Radix<T>,
+    /// The part looked at last, by the indices' bits above it.
+    last: Option<(u64, &'a [T])>,
+}
+
+impl<'a, T: Default> Near<'a, T> {
+    /// As [`Radix::get`]. That an element is missing is not remembered: it may come.
+    #[inline]
+    pub(crate) fn get(&mut self, index: u64) -> Option<&'a T> {
+        let above = index >> NODE_BITS;
+        let part = match self.last {
+            Some((known, part)) if known == above => part,
+            _ => {
+                let part = self.array.part(index)?;
+                self.last = Some((above, part));
+                part
+            }
+        };
+        part.get(digit(index, 0))
+    }
+}
+
 /// The nine bits of `index` from bit `shift` on.
 const fn digit(index: u64, shift: u32) -> usize {
     to_index(index >> shift) % NODE
@@ -189,6 +226,20 @@ mod tests {
         assert_eq!(array.next_provided(600, 1000), Some(600));
         assert_eq!(array.next_provided(0, 512), None);
         assert_eq!(array.next_provided(1 << 36, u64::MAX), None);
+    }
+
+    #[test]
+    fn near_lookups_find_what_single_ones_find() {
+        let array: Radix<AtomicU64> = Radix::new(36);
+        let mut near = array.near();
+        for index in [0, 1, 511, 512, 513, 0, 1 << 20, 512, (1 << 36) - 1, 1 << 36, u64::MAX] {
+            // Before it is there, and after.
+            assert_eq!(near.get(index).is_some(), array.get(index).is_some(), "{index:#x}");
+            let _ = array.provide(index);
+            let found = (near.get(index), array.get(index));
+            let same = found.0.zip(found.1).map(|(near, single)| core::ptr::eq(near, single));
+            assert_eq!(same, array.get(index).map(|_| true), "{index:#x}");
+        }
     }
 
     #[test]

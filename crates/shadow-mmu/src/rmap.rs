@@ -23,7 +23,7 @@ use mmu_core::sync::{AtomicU64, Backoff, Ordering};
 
 use crate::chain::{Chain, Full, INLINE, Iter, LOCKED, SPILL};
 use crate::desc::{DescPool, DescWriter};
-use crate::radix::{NoMemory, Radix};
+use crate::radix::{Near, NoMemory, Radix};
 use crate::spte_ref::SpteRef;
 
 /// Levels that a leaf may have.
@@ -157,13 +157,7 @@ impl Rmaps {
     #[doc(alias = "kvm_rmap_lock_readonly")]
     #[must_use]
     pub fn lock(&self, key: RmapKey) -> Option<RmapGuard<'_>> {
-        let mut backoff = Backoff::new();
-        loop {
-            if let Ok(list) = self.try_lock(key) {
-                return list;
-            }
-            backoff.wait(self.give_up_cpu);
-        }
+        self.lock_head(self.head(key)?)
     }
 
     /// The same without waiting.
@@ -171,7 +165,20 @@ impl Rmaps {
     /// # Errors
     /// [`Busy`]: somebody holds the list.
     pub fn try_lock(&self, key: RmapKey) -> Result<Option<RmapGuard<'_>>, Busy> {
-        let Some(head) = self.head(key) else { return Ok(None) };
+        self.head(key).map_or(Ok(None), |head| self.try_lock_head(head))
+    }
+
+    fn lock_head<'a>(&'a self, head: &'a AtomicU64) -> Option<RmapGuard<'a>> {
+        let mut backoff = Backoff::new();
+        loop {
+            if let Ok(list) = self.try_lock_head(head) {
+                return list;
+            }
+            backoff.wait(self.give_up_cpu);
+        }
+    }
+
+    fn try_lock_head<'a>(&'a self, head: &'a AtomicU64) -> Result<Option<RmapGuard<'a>>, Busy> {
         // ORDERING[rmap-lock]: Relaxed. Compared again by the exchange.
         let seen = head.load(Ordering::Relaxed);
         if seen == 0 {
@@ -185,6 +192,13 @@ impl Rmaps {
         head.compare_exchange(seen, seen | LOCKED, Ordering::Acquire, Ordering::Relaxed)
             .map(|_| Some(RmapGuard { head, chain: Chain::from_word(seen), rmaps: self }))
             .map_err(|_| Busy)
+    }
+
+    /// For walks from page to page over the lists at `level` of an address space; `None` if there
+    /// are no such lists.
+    pub(crate) fn walk(&self, space: u16, level: Level) -> Option<Lists<'_>> {
+        let heads = self.heads(space, level)?.near();
+        Some(Lists { rmaps: self, heads, shift: level.shift() })
     }
 
     /// The first frame from `from` on, below `end`, that may have a list at `level`: whole parts
@@ -204,6 +218,27 @@ impl Rmaps {
     pub fn bytes(&self) -> u64 {
         let heads: u64 = self.heads.iter().flatten().map(Radix::bytes).sum();
         heads + self.descs.bytes()
+    }
+}
+
+/// The lists at one level of an address space, for who takes them one after the other.
+#[derive(Debug)]
+pub(crate) struct Lists<'a> {
+    rmaps: &'a Rmaps,
+    heads: Near<'a, AtomicU64>,
+    shift: u32,
+}
+
+impl<'a> Lists<'a> {
+    /// As [`Rmaps::lock`].
+    pub(crate) fn lock(&mut self, gfn: Gfn) -> Option<RmapGuard<'a>> {
+        self.rmaps.lock_head(self.heads.get(gfn.get() >> self.shift)?)
+    }
+
+    /// As [`Rmaps::try_lock`].
+    pub(crate) fn try_lock(&mut self, gfn: Gfn) -> Result<Option<RmapGuard<'a>>, Busy> {
+        let head = self.heads.get(gfn.get() >> self.shift);
+        head.map_or(Ok(None), |head| self.rmaps.try_lock_head(head))
     }
 }
 
