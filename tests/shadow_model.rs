@@ -18,12 +18,12 @@ fn run(seed: u64, steps: u64, quota: u32, policy: ReclaimPolicy) -> shadow_mmu::
     world.load_cr3(0);
     for step in 0..steps {
         if step == steps / 2 {
-            world.log();
+            world.rig.log();
         }
         world.step();
         world.check();
     }
-    let stats = *world.lock.0.lock().unwrap().stats();
+    let stats = world.rig.stats();
     world.finish();
     stats
 }

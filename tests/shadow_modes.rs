@@ -5,51 +5,28 @@
 //! tables on its own: its masks, indices and reserved bits are written down here once more.
 
 mod common;
+mod shadow_support;
 
-use std::collections::BTreeSet;
-use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-
-use common::{Core, DATA, Modelled, Peek, TestHost, five};
-use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Hva, Level, Pfn};
+use common::five;
+use mmu_core::addr::{Gpa, Gva, Hpa};
 use mmu_core::fault::{FaultError, FaultOutcome};
-use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest, SlotWriter};
-use mmu_core::spte::{Capabilities, Legacy, SpteConfig};
-use mmu_core::stats::Counter;
-use mmu_core::traits::{AgeAnswer, AgeMode, AgeRange, Effort, HostPage, ResolveError};
-use mmu_core::vm::{Actor, VmCore};
-use mmu_model::{AccessKind, Caches, Random, SoftCpu, Walker};
+use mmu_core::spte::{Capabilities, Legacy};
+use mmu_model::{Access, AccessKind, Random};
 use shadow_mmu::guest::{
-    EntryWidth, Exchange, GuestControls, GuestCpu, GuestMem, GuestRoot, GuestWalker, NotMemory,
-    Operation, PointerError, Privilege, Request, WalkError, WriteProtect,
+    GuestControls, GuestCpu, GuestRoot, GuestWalk, GuestWalker, PointerError, Privilege, Request,
+    WalkError, WalkPath, WriteProtect,
 };
-use shadow_mmu::{
-    PageRole, ReclaimPolicy, RoleFlags, ShadowError, ShadowMmu, ShadowStats, ShadowVcpu,
-    ShadowWriter, WriterLock,
+use shadow_mmu::{PageRole, ReclaimPolicy, ShadowError};
+use shadow_support::memory::Memory;
+use shadow_support::rig::{Rig, operation};
+use shadow_support::wide::{
+    Guest, PAGES, PHYS, Permits, Seen, Start, TABLES, World, all_addresses, some_address,
+    some_target, tables_of,
 };
+use shadow_support::{A, D, NX, P, PS, U, W, bits};
 
-/// Guest memory: four blocks of 2 MiB.
-const PAGES: u64 = 4 * 512;
-/// The first frames are tables. Others hold nothing but zeros.
-const TABLES: u64 = 20;
 /// Where the pointers of PAE stand: two sets of four.
 const POINTERS: u64 = 19;
-/// Physical address bits of guest and host.
-const PHYS: u32 = 46;
-
-const P: u64 = 1 << 0;
-const W: u64 = 1 << 1;
-const U: u64 = 1 << 2;
-const A: u64 = 1 << 5;
-const D: u64 = 1 << 6;
-const PS: u64 = 1 << 7;
-const NX: u64 = 1 << 63;
-
-/// Bits `low` to `high`.
-const fn bits(low: u32, high: u32) -> u64 {
-    (u64::MAX >> (63 - high)) & (u64::MAX << low)
-}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -162,169 +139,19 @@ impl Mode {
             return gfns.iter().map(|gfn| gfn << 12).collect();
         }
         let top = if self == Self::Pae { 3 } else { self.top() };
-        let mut all = vec![0];
-        for level in 1..=top {
-            let with = |low: &u64| {
-                let low = *low;
-                self.indices(level).iter().map(move |index| low | index << self.shift(level))
-            };
-            all = all.iter().flat_map(with).collect();
-        }
+        let all = all_addresses(top, |level| self.indices(level), |level| self.shift(level));
         let sign = if self == Self::Long4 { 47 } else { 56 };
         let extended = |gva: u64| if gva >> sign & 1 == 1 { gva | u64::MAX << sign } else { gva };
         all.into_iter().map(extended).collect()
     }
 }
 
-/// Tables that are mostly used at a level.
-fn tables_of(level: u32) -> Range<u64> {
-    match level {
-        1 => 0..6,
-        2 => 6..10,
-        3 => 10..13,
-        4 => 13..16,
-        _ => 16..19,
-    }
-}
-
-struct Memory(Vec<AtomicU64>);
-
-impl Memory {
-    fn get(&self, at: u64, bytes: u64) -> Option<u64> {
-        assert_eq!(at % bytes, 0);
-        if at >> 12 >= PAGES {
-            return None;
-        }
-        let word = self.0.get((at / 8) as usize).map_or(0, |word| word.load(Ordering::SeqCst));
-        Some(if bytes == 8 { word } else { word >> (at % 8 * 8) & u64::from(u32::MAX) })
-    }
-
-    /// Only tables are written.
-    fn set(&self, at: u64, bytes: u64, value: u64) {
-        let word = &self.0[(at / 8) as usize];
-        let (shift, mask) =
-            if bytes == 8 { (0, u64::MAX) } else { (at % 8 * 8, u64::from(u32::MAX)) };
-        let old = word.load(Ordering::SeqCst);
-        word.store(old & !(mask << shift) | value << shift, Ordering::SeqCst);
-    }
-}
-
-impl GuestMem for Memory {
-    fn read(&self, at: Gpa, width: EntryWidth) -> Result<u64, NotMemory> {
-        self.get(at.get(), width.bytes()).ok_or(NotMemory { at })
-    }
-
-    fn compare_exchange(
-        &self,
-        at: Gpa,
-        width: EntryWidth,
-        old: u64,
-        new: u64,
-    ) -> Result<Exchange, NotMemory> {
-        if self.read(at, width)? != old {
-            return Ok(Exchange::Lost);
-        }
-        self.set(at.get(), width.bytes(), new);
-        Ok(Exchange::Done)
-    }
-}
-
-/// What an address means, by the guest's tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Meaning {
-    gfn: u64,
-    write: bool,
-    user: bool,
-    exec: bool,
-    /// Written: only then may a write go unseen.
-    dirty: bool,
-    /// Level of the guest's page.
-    level: u32,
-}
-
-/// What the host has behind each block of 2 MiB: first frame, and how large its pages are.
-struct Backing(Vec<AtomicU64>);
-
-impl Backing {
-    /// Blocks get a frame of their own each time, huge or small.
-    fn set(&self, block: u64, number: u64, huge: bool) {
-        self.0[block as usize].store(number << 1 | u64::from(huge), Ordering::SeqCst);
-    }
-
-    fn page(&self, gfn: u64) -> Option<HostPage> {
-        let word = self.0.get((gfn / 512) as usize)?.load(Ordering::SeqCst);
-        let (base, huge) = (DATA + (word >> 1) * 512, word & 1 != 0);
-        // Small pages lie in no order.
-        let offset = if huge { gfn % 512 } else { (gfn + 77) % 512 };
-        let level = if huge { Level::L2 } else { Level::L1 };
-        Some(HostPage { pfn: Pfn::new(base + offset), writable: true, level })
-    }
-
-    fn pfn(&self, gfn: u64) -> Option<u64> {
-        self.page(gfn).map(|page| page.pfn.get())
-    }
-}
-
-struct Lock(Mutex<ShadowWriter<Legacy, TestHost>>);
-
-impl WriterLock<Legacy, TestHost> for Lock {
-    fn with<R>(&self, work: impl FnOnce(&mut ShadowWriter<Legacy, TestHost>) -> R) -> R {
-        work(&mut self.0.lock().unwrap())
-    }
-}
-
-fn slot(flags: SlotFlags) -> SlotRequest {
-    let hva = Hva::new(DATA << 12);
-    SlotRequest { as_id: 0, id: 0, base: Gpa::new(0), bytes: PAGES << 12, hva, flags }
-}
-
-/// What a run saw, so that a test knows that it tested something.
-#[derive(Debug, Default)]
-struct Seen {
-    /// Accesses that reached memory, by level of the guest's page.
-    reached: [u64; 4],
-    /// Of these by huge guest pages, through small and huge entries.
-    small: u64,
-    huge: u64,
-    floods: u64,
-    unsyncs: u64,
-}
-
-struct World {
-    seed: u64,
-    random: Random,
-    levels: u8,
-    mode: Mode,
-    memory: Memory,
-    backing: Arc<Backing>,
-    backings: u64,
-    mmu: Arc<ShadowMmu<Legacy, TestHost>>,
-    lock: Lock,
-    vcpu: ShadowVcpu<Legacy, TestHost>,
-    notifier: Actor<TestHost>,
-    slots: SlotWriter,
-    core: Arc<Mutex<Core>>,
-    guest: GuestWalker,
-    walker: Walker,
-    role: PageRole,
-    /// What the guest's root register, or registers, hold.
-    root: GuestRoot,
-    register: u64,
-    addresses: Vec<u64>,
-    allowed: Vec<Vec<Meaning>>,
-    written: Option<BTreeSet<u64>>,
-    looks: u64,
-    seen: Seen,
-    steps: Vec<String>,
-}
-
 fn caps(levels: u8) -> Capabilities {
-    let caps = match levels {
+    match levels {
         3 => Capabilities::pae(),
         4 => Capabilities::legacy(),
         _ => five(Capabilities::legacy()),
-    };
-    Capabilities { max_phys_bits: PHYS as u8, ..caps }
+    }
 }
 
 fn guest_cpu() -> GuestCpu {
@@ -337,529 +164,193 @@ fn guest_cpu() -> GuestCpu {
     }
 }
 
-impl World {
-    fn new(seed: u64, levels: u8, quota: u32, policy: ReclaimPolicy) -> Self {
-        let caps = caps(levels);
-        let config = SpteConfig::<Legacy>::new(caps).unwrap();
-        let limits = SlotLimits::new(1, config.max_gfn_exclusive());
-        let host = TestHost::new(4096);
-        host.record(false);
-        let backing = Arc::new(Backing((0..4).map(AtomicU64::new).collect()));
-        let pages = Arc::clone(&backing);
-        host.set_resolver(Arc::new(move |_, gfn, _| {
-            pages.page(gfn.get()).ok_or(ResolveError::NoMemory)
-        }));
-        let (vm, mut slots) = VmCore::new(host, 4, limits, std::thread::yield_now).unwrap();
-        let mut notifier = vm.actor().unwrap();
-        let request = slot(SlotFlags::empty());
-        let _ = vm.set_slot(&mut slots, &mut notifier, &request, |_, _| {}).unwrap();
-        let (mmu, mut writer) = ShadowMmu::create(Arc::clone(&vm), config, quota);
-        writer.set_policy(policy);
-        let vcpu = ShadowVcpu::new(&mmu).unwrap();
-        let format = Legacy::model(&caps);
-        let core = vm.host().add_core(SoftCpu::new(&format, 0, Caches::unlimited()));
-        let flushed = Arc::clone(&core);
-        vm.host().before_flush(Some(Arc::new(move |_| flushed.lock().unwrap().cpu.flush_all())));
-        let mut world = Self {
-            seed,
-            random: Random::new(seed),
-            levels,
-            mode: Mode::None,
-            memory: Memory((0..TABLES * 512).map(|_| AtomicU64::new(0)).collect()),
-            backing,
-            backings: 0,
-            mmu,
-            lock: Lock(Mutex::new(writer)),
-            vcpu,
-            notifier,
-            slots,
-            core,
-            guest: GuestWalker::new(&guest_cpu(), GuestControls::empty()).unwrap(),
-            walker: Walker::new(&format),
-            role: PageRole::new(Level::L4, RoleFlags::empty()),
+/// A guest in a mode of its choice.
+#[derive(Debug)]
+struct Kernel {
+    mode: Mode,
+    walker: GuestWalker,
+    role: PageRole,
+    /// What the root register, or registers, hold.
+    root: GuestRoot,
+}
+
+impl Kernel {
+    fn new(mode: Mode) -> Self {
+        Self {
+            mode,
+            walker: GuestWalker::new(&guest_cpu(), mode.controls()).unwrap(),
+            role: PageRole::of_guest(&guest_cpu(), mode.controls(), WriteProtect::On).unwrap(),
             root: GuestRoot::Cr3(0),
-            register: 0,
-            addresses: Vec::new(),
-            allowed: Vec::new(),
-            written: None,
-            looks: 0,
-            seen: Seen::default(),
-            steps: Vec::new(),
-        };
-        (0..4).for_each(|block| world.back(block));
-        world
-    }
-
-    fn note(&mut self, step: String) {
-        if self.steps.len() >= 80 {
-            self.steps.drain(..40);
         }
-        self.steps.push(step);
-    }
-
-    #[track_caller]
-    fn fail(&self, what: &str) -> ! {
-        let from = self.steps.len().saturating_sub(40);
-        let steps = self.steps[from..].join("\n  ");
-        panic!("seed {}, {} levels: {what}\nsteps:\n  {steps}", self.seed, self.levels);
-    }
-
-    /// Another host page behind a block.
-    fn back(&mut self, block: u64) {
-        self.backings += 1;
-        let huge = self.random.chance(1, 2);
-        self.backing.set(block, self.backings, huge);
-    }
-
-    /// The guest's tables, walked by hand; `None` where every access is a fault.
-    fn meaning(&self, gva: u64) -> Option<Meaning> {
-        let mode = self.mode;
-        let mut found =
-            Meaning { gfn: gva >> 12, write: true, user: true, exec: true, dirty: true, level: 2 };
-        let mut table = match (mode, self.root) {
-            (Mode::None, _) => return Some(found),
-            (_, GuestRoot::Pae(pointers)) => pointers.values()[(gva >> 30 & 3) as usize],
-            (_, GuestRoot::Cr3(cr3)) => cr3 | P,
-        };
-        if table & P == 0 {
-            return None;
-        }
-        for level in (1..=mode.top()).rev() {
-            let at = (table & bits(12, 51)) + mode.index(gva, level) * mode.bytes();
-            let entry = self.memory.get(at, mode.bytes())?;
-            let page = level == 1 || (entry & PS != 0 && mode.has_pages(level));
-            if entry & P == 0 || entry & mode.reserved(level, page) != 0 {
-                return None;
-            }
-            found.write &= entry & W != 0;
-            found.user &= entry & U != 0;
-            found.exec &= entry & NX == 0;
-            if page {
-                let inside = (1 << mode.shift(level)) - 1;
-                found.gfn = (entry & bits(12, 51) & !inside | gva & inside) >> 12;
-                found.level = level;
-                found.dirty = entry & D != 0;
-                return Some(found);
-            }
-            table = entry;
-        }
-        unreachable!("level 1 maps a page")
-    }
-
-    /// The guest switches its mode and loads its root.
-    fn switch(&mut self, mode: Mode) {
-        self.mode = mode;
-        self.guest = GuestWalker::new(&guest_cpu(), mode.controls()).unwrap();
-        self.role = PageRole::of_guest(&guest_cpu(), mode.controls(), WriteProtect::On).unwrap();
-        self.addresses = mode.addresses();
-        self.load();
-    }
-
-    /// The guest loads CR3, which flushes everything.
-    fn load(&mut self) {
-        let mut root =
-            GuestRoot::Cr3((tables_of(self.mode.top()).start + self.random.below(2)) << 12);
-        if self.mode == Mode::Pae {
-            let cr3 = (POINTERS << 12) + self.random.below(2) * 32;
-            for index in 0..4 {
-                if self.random.chance(1, 3) {
-                    let pointer = self.some_target(3) << 12 | P;
-                    let pointer = if self.random.chance(1, 6) { 0 } else { pointer };
-                    self.memory.set(cr3 + index * 8, 8, pointer);
-                }
-            }
-            // Where somebody took the frame for another table, the guest gets its #GP.
-            root = match self.guest.load_pointers(&self.memory, cr3) {
-                Ok(pointers) => GuestRoot::Pae(pointers),
-                Err(PointerError::Reserved { .. }) => {
-                    (0..8).for_each(|index| self.memory.set((POINTERS << 12) + index * 8, 8, 0));
-                    GuestRoot::Pae(self.guest.load_pointers(&self.memory, cr3).unwrap())
-                }
-                Err(other) => panic!("{other}"),
-            };
-        }
-        self.root = root;
-        self.note(format!("{:?}, {root:x?}", self.mode));
-        self.enter_anew();
-        self.forget();
-    }
-
-    fn enter_anew(&mut self) {
-        let loaded =
-            self.vcpu.load_guest_root(&self.lock, &self.guest, &self.memory, &self.root, self.role);
-        self.register = loaded.expect("memory").get();
-        self.core.lock().unwrap().cpu.set_root(self.register);
-    }
-
-    fn enter(&mut self) {
-        if !self.vcpu.root_is_current(&self.lock) {
-            self.note("  the root went".to_owned());
-            self.enter_anew();
-        }
-    }
-
-    fn forget(&mut self) {
-        self.allowed = vec![Vec::new(); self.addresses.len()];
-        self.remember_all();
-    }
-
-    fn remember_all(&mut self) {
-        (0..self.addresses.len()).for_each(|number| self.remember(number));
-    }
-
-    fn remember(&mut self, number: usize) {
-        if let Some(now) = self.meaning(self.addresses[number]) {
-            let known = &mut self.allowed[number];
-            if !known.contains(&now) {
-                known.push(now);
-            }
-        }
-    }
-
-    fn invlpg(&mut self, number: usize) {
-        self.note(format!("invlpg {:#x}", self.addresses[number]));
-        let gva = Gva::new(self.addresses[number]);
-        self.vcpu.guest_invalidated(&self.lock, &self.guest, &self.memory, gva);
-        // The processor drops the whole page's entries: with 4 KiB entries of a large page of the
-        // guest in its TLB, all of them, as an embedder must.
-        self.core.lock().unwrap().cpu.flush_address(gva.get());
-        self.allowed[number].clear();
-        self.remember(number);
-    }
-
-    fn shadow(&self, number: usize) -> Option<mmu_model::Translation> {
-        let access = mmu_model::Access::supervisor(AccessKind::Read);
-        let gva = self.addresses[number];
-        self.walker.translate(&Peek(self.mmu.vm().host()), self.register, gva, access).ok()
-    }
-
-    fn is_writable(&self, gfn: u64) -> bool {
-        let host = self.backing.pfn(gfn);
-        (0..self.addresses.len())
-            .filter_map(|number| self.shadow(number))
-            .any(|found| found.writable() && Some(found.pa >> 12) == host)
-    }
-
-    fn some_target(&mut self, level: u32) -> u64 {
-        if self.random.chance(1, 24) {
-            return self.random.below(PAGES + 100);
-        }
-        if level > 1 {
-            let below = tables_of(level - 1);
-            return below.start + self.random.below(below.end - below.start);
-        }
-        if self.random.chance(1, 4) {
-            self.random.below(TABLES)
-        } else {
-            self.random.below(4) * 512 + TABLES + self.random.below(4)
-        }
-    }
-
-    fn some_entry(&mut self, level: u32) -> u64 {
-        if level > 1 && self.mode.has_pages(level) && self.random.chance(1, 2) {
-            let pages = 1 << (self.mode.shift(level) - 12);
-            let block = self.random.below((PAGES / pages).max(1));
-            return (block * pages) << 12 | PS;
-        }
-        self.some_target(level) << 12
-    }
-
-    /// The guest edits an entry: unseen where it can, else through the emulator.
-    fn edit(&mut self) {
-        let top = self.mode.top();
-        if top == 0 {
-            return;
-        }
-        let level = match self.random.below(8) {
-            0 => 1 + self.random.below(u64::from(top)) as u32,
-            1..4 => 2,
-            _ => 1,
-        };
-        let tables = tables_of(level);
-        let table = tables.start + self.random.below(tables.end - tables.start);
-        let indices = self.mode.indices(level);
-        let index = indices[self.random.below(indices.len() as u64) as usize];
-        let mut entry = self.some_entry(level) | P;
-        for (bit, chance) in [(W, 7), (U, 6), (A, 5), (D, 4)] {
-            if self.random.chance(chance, 8) {
-                entry |= bit;
-            }
-        }
-        if !self.mode.is_32() && self.random.chance(1, 8) {
-            entry |= NX;
-        }
-        // Ignored in long mode, reserved in PAE's.
-        if matches!(self.mode, Mode::Long4 | Mode::Long5) && self.random.chance(1, 6) {
-            entry |= 1 << 55;
-        }
-        if self.random.chance(1, 8) {
-            entry = 0;
-        }
-        let bytes = self.mode.bytes();
-        let at = table * 4096 + index * bytes;
-        let unseen = self.is_writable(table);
-        self.note(format!("{table}[{index}] = {entry:#x}, level {level}, unseen: {unseen}"));
-        self.memory.set(at, bytes, entry);
-        self.was_written(table);
-        if !unseen {
-            let page = GfnRange::from_len(Gfn::new(table), 1);
-            let _ = self.notifier.mark_dirty(0, page).unwrap();
-            let (lock, vcpu) = (&self.lock, &mut self.vcpu);
-            lock.with(|writer| writer.guest_wrote(vcpu.actor(), Gpa::new(at), bytes));
-        }
-        self.remember_all();
-    }
-
-    fn access(&mut self, number: usize, kind: AccessKind, user: bool) {
-        let gva = self.addresses[number];
-        self.note(format!("{kind:?} {gva:#x}, user: {user}"));
-        let access =
-            if user { mmu_model::Access::user(kind) } else { mmu_model::Access::supervisor(kind) };
-        let operation = match kind {
-            AccessKind::Read => Operation::Read,
-            AccessKind::Write => Operation::Write,
-            AccessKind::Fetch => Operation::Fetch,
-        };
-        let privilege = if user { Privilege::User } else { Privilege::Supervisor };
-        let request = Request::new(operation, privilege);
-        for _ in 0..8 {
-            self.enter();
-            let reached = self.core.lock().unwrap().cpu.access(self.mmu.vm().host(), gva, access);
-            if let Ok(pa) = reached {
-                return self.reached(number, pa >> 12, kind, user);
-            }
-            let walk = self.guest.walk(&self.memory, &self.root, Gva::new(gva), request);
-            self.remember_all();
-            let walk = match walk {
-                Ok(walk) => walk,
-                Err(WalkError::Fault(_)) => {
-                    let allows = |now: &Meaning| {
-                        (now.user || !user)
-                            && match kind {
-                                AccessKind::Read => true,
-                                AccessKind::Write => now.write,
-                                AccessKind::Fetch => now.exec,
-                            }
-                    };
-                    if let Some(now) = self.meaning(gva).filter(allows) {
-                        self.fail(&format!("the guest had a fault and {now:?}"));
-                    }
-                    return;
-                }
-                Err(error) => self.fail(&format!("{error}")),
-            };
-            let outcome = self.vcpu.fault(&self.lock, &self.guest, &self.memory, &walk, request);
-            self.note(format!("  {outcome:?}: gfn {} {:?}", walk.path.gfn, walk.path.access));
-            match outcome {
-                Ok(FaultOutcome::Fixed | FaultOutcome::Spurious | FaultOutcome::Retry) => {}
-                Ok(FaultOutcome::WriteProtected) => return,
-                Ok(FaultOutcome::Emulate(_)) if walk.path.gfn.get() >= PAGES => return,
-                Err(ShadowError::Fault(FaultError::BeyondPhysical { gpa, .. }))
-                    if gpa.get() >> 12 >= PAGES =>
-                {
-                    return;
-                }
-                other => self.fail(&format!("{other:?}")),
-            }
-        }
-        self.fail("eight faults, and no end");
-    }
-
-    fn reached(&mut self, number: usize, pfn: u64, kind: AccessKind, user: bool) {
-        let (write, exec) = (kind == AccessKind::Write, kind == AccessKind::Fetch);
-        let gfn =
-            self.judge(number, &Meaning { gfn: pfn, write, user, exec, dirty: true, level: 0 });
-        if write {
-            self.was_written(gfn);
-        }
-        let mode = AgeMode::Test;
-        let answer = self.mmu.age_gfn(&mut self.notifier, Gfn::new(gfn), mode, Effort::Full);
-        if answer != AgeAnswer::Young {
-            self.fail(&format!("page {gfn} was accessed and is {answer:?}"));
-        }
-        let Some(now) = self.meaning(self.addresses[number]) else { return };
-        self.seen.reached[now.level as usize] += 1;
-        if now.level > 1
-            && let Some(entry) = self.shadow(number)
-        {
-            if entry.level > 1 {
-                self.seen.huge += 1;
-            } else {
-                self.seen.small += 1;
-            }
-        }
-    }
-
-    /// The host page `seen.gfn` can be reached: did the guest's tables allow that at some time
-    /// since the last flush? The guest page that it is behind.
-    fn judge(&self, number: usize, seen: &Meaning) -> u64 {
-        let allows = |meaning: &&Meaning| {
-            self.backing.pfn(meaning.gfn) == Some(seen.gfn)
-                && (meaning.write && meaning.dirty || !seen.write)
-                && (meaning.user || !seen.user)
-                && (meaning.exec || !seen.exec)
-        };
-        let known = &self.allowed[number];
-        let Some(found) = known.iter().find(allows) else {
-            let gva = self.addresses[number];
-            self.fail(&format!("{gva:#x} reaches {seen:x?}, allowed is {known:x?}"));
-        };
-        found.gfn
-    }
-
-    fn was_written(&mut self, gfn: u64) {
-        if let Some(written) = &mut self.written {
-            written.insert(gfn);
-        }
-    }
-
-    fn log(&mut self) {
-        self.note("log".to_owned());
-        let vm = Arc::clone(self.mmu.vm());
-        let request = slot(SlotFlags::LOG_DIRTY);
-        let _ = vm.set_slot(&mut self.slots, &mut self.notifier, &request, |_, _| {}).unwrap();
-        let memslot = *vm.slots().read(&self.notifier.pinned().section).by_id(0, 0).unwrap();
-        self.mmu.log_enabled(&mut self.notifier, &self.lock, &memslot);
-        self.written = Some(BTreeSet::new());
-        for level in [Level::L2, Level::L3] {
-            assert_eq!(vm.stats().get(Counter::pages(level)), 0, "huge leaves are left");
-        }
-    }
-
-    /// INVARIANT[I9]: every page written since the last harvest is reported.
-    fn harvest(&mut self) {
-        let Some(written) = &mut self.written else { return };
-        let written = std::mem::take(written);
-        let mut words = [0; PAGES as usize / 64];
-        let mmu = Arc::clone(&self.mmu);
-        let _ = mmu.harvest_log(&mut self.notifier, &self.lock, 0, 0, &mut words).unwrap();
-        self.note("harvest".to_owned());
-        let lost = |gfn: &&u64| words[(**gfn / 64) as usize] >> (**gfn % 64) & 1 == 0;
-        if let Some(gfn) = written.iter().find(lost) {
-            self.fail(&format!("page {gfn} was written and is not reported"));
-        }
-        if (0..self.addresses.len()).any(|n| self.shadow(n).is_some_and(|s| s.writable())) {
-            self.fail("a page is writable after the harvest");
-        }
-    }
-
-    /// The host takes a block back and gives another, of any size.
-    fn take_back(&mut self) {
-        let block = self.random.below(4);
-        self.note(format!("host takes block {block}"));
-        let range = GfnRange::from_len(Gfn::new(block * 512), 512);
-        let vm = Arc::clone(self.mmu.vm());
-        let invalidation = vm.notify().begin(self.notifier.participant(), range);
-        self.back(block);
-        let _ = self.mmu.unmap_in(&mut self.notifier, &self.lock, &invalidation, range);
-        drop(invalidation);
-    }
-
-    fn drop_everything(&mut self) {
-        self.note("drop everything".to_owned());
-        let (lock, actor) = (&self.lock, &mut self.notifier);
-        lock.with(|writer| {
-            writer.invalidate_all(actor);
-            let _ = writer.zap_obsolete(actor);
-        });
-    }
-
-    /// INVARIANT[I20]: no address permits more than the guest's tables have since its flush.
-    fn check(&mut self) {
-        self.enter();
-        for number in 0..self.addresses.len() {
-            let Some(found) = self.shadow(number) else { continue };
-            let (write, user, exec) = (found.writable(), found.user(), found.executable());
-            let seen = Meaning { gfn: found.pa >> 12, write, user, exec, dirty: true, level: 0 };
-            let _ = self.judge(number, &seen);
-        }
-        self.looks += 1;
-        if self.looks % 16 != 0 {
-            return;
-        }
-        let (lock, actor) = (&self.lock, &mut self.notifier);
-        let flaw = lock.with(|writer| writer.check(actor)).err();
-        if let Some(flaw) = flaw {
-            self.fail(&format!("{flaw}"));
-        }
-    }
-
-    fn step(&mut self) {
-        let number = self.random.below(self.addresses.len() as u64) as usize;
-        match self.random.below(100) {
-            0..40 => self.edit(),
-            40..86 => {
-                let kind = match self.random.below(5) {
-                    0..2 => AccessKind::Read,
-                    2..4 => AccessKind::Write,
-                    _ => AccessKind::Fetch,
-                };
-                let user = self.random.chance(1, 2);
-                self.access(number, kind, user);
-            }
-            86..91 => self.invlpg(number),
-            91..95 => self.load(),
-            95 => {
-                let modes = Mode::all(self.levels);
-                let mode = modes[self.random.below(modes.len() as u64) as usize];
-                self.switch(mode);
-            }
-            96..98 => self.take_back(),
-            98 => match self.random.below(2) {
-                0 => self.harvest(),
-                _ => self.drop_everything(),
-            },
-            _ => {
-                self.note("flush".to_owned());
-                self.vcpu.guest_flushed(&self.lock, &self.guest, &self.memory);
-                self.core.lock().unwrap().cpu.flush_all();
-                self.forget();
-            }
-        }
-    }
-
-    fn stats(&self) -> ShadowStats {
-        *self.lock.0.lock().unwrap().stats()
-    }
-
-    fn finish(mut self) {
-        self.vcpu.drop_roots(&self.lock);
-        let (lock, actor) = (&self.lock, &mut self.notifier);
-        let live = lock.with(|writer| {
-            while writer.zap_obsolete(actor) {}
-            let _ = writer.shrink(actor, u32::MAX);
-            writer.live_pages()
-        });
-        assert_eq!(live, 0, "seed {}: pages left", self.seed);
-        let vm = Arc::clone(self.mmu.vm());
-        for gauge in [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G, Counter::Tables] {
-            assert_eq!(vm.stats().get(gauge), 0, "seed {}: {}", self.seed, gauge.name());
-        }
-        drop((self.vcpu, self.notifier));
-        assert_eq!(vm.pool().frames_in_use(), 0, "seed {}: frames in use", self.seed);
     }
 }
 
-fn run(seed: u64, levels: u8, mode: Mode, quota: u32, sum: &mut Seen) {
-    let policy = if seed % 2 == 0 { ReclaimPolicy::Fifo } else { ReclaimPolicy::Accessed };
-    let mut world = World::new(seed, levels, quota, policy);
-    world.switch(mode);
-    for step in 0..2_000 {
-        if step == 1_500 {
-            world.log();
+impl Guest for Kernel {
+    type Format = Legacy;
+    type Walk = (GuestWalk, Request);
+    const INVALIDATES: bool = true;
+
+    fn top(&self) -> u32 {
+        self.mode.top()
+    }
+
+    fn bytes(&self) -> u64 {
+        self.mode.bytes()
+    }
+
+    fn shift(&self, level: u32) -> u32 {
+        self.mode.shift(level)
+    }
+
+    fn index(&self, address: u64, level: u32) -> u64 {
+        self.mode.index(address, level)
+    }
+
+    fn has_pages(&self, level: u32) -> bool {
+        self.mode.has_pages(level)
+    }
+
+    fn indices(&self, level: u32) -> &'static [u64] {
+        self.mode.indices(level)
+    }
+
+    fn addresses(&self) -> Vec<u64> {
+        self.mode.addresses()
+    }
+
+    fn start(&self, address: u64) -> Start {
+        let table = match (self.mode, self.root) {
+            (Mode::None, _) => return Start::NoPaging,
+            (_, GuestRoot::Pae(pointers)) => pointers.values()[(address >> 30 & 3) as usize],
+            (_, GuestRoot::Cr3(cr3)) => cr3 | P,
+        };
+        if table & P == 0 { Start::Nowhere } else { Start::Table(table) }
+    }
+
+    fn decode(&self, entry: u64, level: u32, page: bool) -> Option<Permits> {
+        if entry & P == 0 || entry & self.mode.reserved(level, page) != 0 {
+            return None;
         }
-        world.step();
-        world.check();
+        let has = |bit: u64| entry & bit != 0;
+        Some(Permits { read: true, write: has(W), user: has(U), exec: !has(NX) })
     }
-    let stats = world.stats();
-    sum.floods += stats.floods;
-    sum.unsyncs += stats.unsyncs;
-    sum.small += world.seen.small;
-    sum.huge += world.seen.huge;
-    for (sum, one) in sum.reached.iter_mut().zip(world.seen.reached) {
-        *sum += one;
+
+    fn is_dirty(&self, leaf: u64) -> bool {
+        leaf & D != 0
     }
-    world.finish();
+
+    fn some_entry(&self, random: &mut Random, level: u32) -> u64 {
+        let (shift, large) = (self.mode.shift(level), level > 1 && self.mode.has_pages(level));
+        let mut entry = some_address(random, level, shift, large) | P;
+        for (bit, chance) in [(W, 7), (U, 6), (A, 5), (D, 4)] {
+            if random.chance(chance, 8) {
+                entry |= bit;
+            }
+        }
+        if !self.mode.is_32() && random.chance(1, 8) {
+            entry |= NX;
+        }
+        // Ignored in long mode, reserved in PAE's.
+        if matches!(self.mode, Mode::Long4 | Mode::Long5) && random.chance(1, 6) {
+            entry |= 1 << 55;
+        }
+        if random.chance(1, 8) { 0 } else { entry }
+    }
+
+    fn some_user(&self, random: &mut Random) -> bool {
+        random.chance(1, 2)
+    }
+
+    fn look(&self) -> Access {
+        Access::supervisor(AccessKind::Read)
+    }
+
+    fn load(&mut self, random: &mut Random, memory: &Memory) {
+        let cr3 = (tables_of(self.mode.top()).start + random.below(2)) << 12;
+        self.root = GuestRoot::Cr3(cr3);
+        if self.mode != Mode::Pae {
+            return;
+        }
+        let cr3 = (POINTERS << 12) + random.below(2) * 32;
+        for index in 0..4 {
+            if random.chance(1, 3) {
+                let pointer = some_target(random, 3) << 12 | P;
+                let pointer = if random.chance(1, 6) { 0 } else { pointer };
+                memory.set(cr3 + index * 8, 8, pointer);
+            }
+        }
+        // Where somebody took the frame for another table, the guest gets its #GP.
+        self.root = match self.walker.load_pointers(memory, cr3) {
+            Ok(pointers) => GuestRoot::Pae(pointers),
+            Err(PointerError::Reserved { .. }) => {
+                (0..8).for_each(|index| memory.set((POINTERS << 12) + index * 8, 8, 0));
+                GuestRoot::Pae(self.walker.load_pointers(memory, cr3).unwrap())
+            }
+            Err(other) => panic!("{other}"),
+        };
+    }
+
+    fn switch(&mut self, random: &mut Random, levels: u8) -> bool {
+        let modes = Mode::all(levels);
+        *self = Self::new(modes[random.below(modes.len() as u64) as usize]);
+        true
+    }
+
+    fn enter(&self, rig: &mut Rig<Legacy>, memory: &Memory) -> Hpa {
+        let (vcpu, lock) = (&mut rig.vcpu, &rig.lock);
+        let loaded = vcpu.load_guest_root(lock, &self.walker, memory, &self.root, self.role);
+        loaded.expect("memory")
+    }
+
+    fn walk(
+        &self,
+        memory: &Memory,
+        address: u64,
+        kind: AccessKind,
+        user: bool,
+    ) -> Result<Option<Self::Walk>, String> {
+        let privilege = if user { Privilege::User } else { Privilege::Supervisor };
+        let request = Request::new(operation(kind), privilege);
+        match self.walker.walk(memory, &self.root, Gva::new(address), request) {
+            Ok(walk) => Ok(Some((walk, request))),
+            Err(WalkError::Fault(_)) => Ok(None),
+            Err(error) => Err(error.to_string()),
+        }
+    }
+
+    fn path<'a>(&self, walk: &'a Self::Walk) -> &'a WalkPath {
+        &walk.0.path
+    }
+
+    fn fault(
+        &self,
+        rig: &mut Rig<Legacy>,
+        memory: &Memory,
+        (walk, request): &Self::Walk,
+    ) -> Result<FaultOutcome, ShadowError> {
+        rig.vcpu.fault(&rig.lock, &self.walker, memory, walk, *request)
+    }
+
+    fn is_outside(&self, error: &ShadowError) -> bool {
+        matches!(error, ShadowError::Fault(FaultError::BeyondPhysical { gpa, .. })
+            if gpa.get() >> 12 >= PAGES)
+    }
+
+    fn invalidate(&self, rig: &mut Rig<Legacy>, memory: &Memory, address: u64) {
+        rig.vcpu.guest_invalidated(&rig.lock, &self.walker, memory, Gva::new(address));
+    }
+
+    fn flush(&self, rig: &mut Rig<Legacy>, memory: &Memory) {
+        rig.vcpu.guest_flushed(&rig.lock, &self.walker, memory);
+    }
+
+    fn fault_invalidates(&self) -> bool {
+        false
+    }
+}
+
+fn world(seed: u64, levels: u8, mode: Mode, quota: u32, policy: ReclaimPolicy) -> World<Kernel> {
+    World::new(seed, caps(levels), Kernel::new(mode), quota, policy)
 }
 
 /// Every mode first for some seeds, on tables of `levels`.
@@ -868,7 +359,9 @@ fn all_modes(levels: u8) -> Seen {
     for (number, mode) in (0..).zip(Mode::all(levels)) {
         for seed in 0..12 {
             let quota = if seed % 4 == 3 { 12 } else { 1000 };
-            run(seed + 100 * number + 10_000 * u64::from(levels), levels, mode, quota, &mut sum);
+            let seed = seed + 100 * number + 10_000 * u64::from(levels);
+            let policy = if seed % 2 == 0 { ReclaimPolicy::Fifo } else { ReclaimPolicy::Accessed };
+            world(seed, levels, mode, quota, policy).run(&mut sum);
         }
     }
     println!("{levels} levels: {sum:?}");
@@ -896,15 +389,15 @@ const ALL: u64 = P | W | U | A | D;
 
 /// A guest in long mode whose address 0 is in the 2 MiB page `entry`, with memory behind block 1
 /// in small pages and behind block 2 in a huge one.
-fn large_page(entry: u64) -> World {
-    let mut world = World::new(1, 4, 1000, ReclaimPolicy::Fifo);
+fn large_page(entry: u64) -> World<Kernel> {
+    let mut world = world(1, 4, Mode::Long4, 1000, ReclaimPolicy::Fifo);
     world.backing.set(1, 50, false);
     world.backing.set(2, 51, true);
     for (table, next) in [(13, 10), (14, 10), (10, 6)] {
         world.memory.set(table << 12, 8, next << 12 | ALL);
     }
     world.memory.set(6 << 12, 8, entry);
-    world.switch(Mode::Long4);
+    world.load();
     world
 }
 
@@ -937,8 +430,8 @@ fn rows_and_huge_leaves_take_turns() {
     let mut world = large_page(block(1));
     for (number, huge) in [(1, false), (2, true), (1, false), (2, true)] {
         world.memory.set(6 << 12, 8, block(number));
-        let actor = world.vcpu.actor();
-        world.lock.0.lock().unwrap().guest_wrote(actor, Gpa::new(6 << 12), 8);
+        let actor = world.rig.vcpu.actor();
+        world.rig.lock.0.lock().unwrap().guest_wrote(actor, Gpa::new(6 << 12), 8);
         world.remember_all();
         world.access(0, AccessKind::Write, true);
         let found = world.shadow(0).unwrap();
@@ -980,7 +473,7 @@ fn no_huge_leaf_lies_over_the_tables_that_lead_to_it() {
 fn a_root_outside_memory_leads_nowhere() {
     let mut world = large_page(block(1));
     for gfn in [PAGES + 5, 1 << 33, (1 << (PHYS - 12)) - 1] {
-        world.root = GuestRoot::Cr3(gfn << 12);
+        world.guest.root = GuestRoot::Cr3(gfn << 12);
         world.enter_anew();
         world.forget();
         world.access(0, AccessKind::Read, true);
@@ -1001,7 +494,7 @@ fn roots_that_do_not_fit_are_refused() {
     for (mode, root) in [(Mode::Pae, cr3), (Mode::Long5, cr3)] {
         let guest = GuestWalker::new(&guest_cpu(), mode.controls()).unwrap();
         let role = PageRole::of_guest(&guest_cpu(), mode.controls(), WriteProtect::On).unwrap();
-        let World { vcpu, lock, memory, .. } = &mut world;
+        let (vcpu, lock, memory) = (&mut world.rig.vcpu, &world.rig.lock, &world.memory);
         let refused = vcpu.load_guest_root(lock, &guest, memory, &root, role).unwrap_err();
         match mode {
             Mode::Pae => assert!(matches!(refused, ShadowError::WrongRoot { .. }), "{refused}"),
@@ -1017,16 +510,17 @@ fn roots_that_do_not_fit_are_refused() {
 /// root of its own.
 #[test]
 fn pae_pointers_are_the_registers() {
-    let mut world = World::new(1, 3, 1000, ReclaimPolicy::Fifo);
+    let mut world = world(1, 3, Mode::Pae, 1000, ReclaimPolicy::Fifo);
     for (table, entry) in [(6, block(1)), (7, block(2))] {
         world.memory.set(table << 12, 8, entry);
     }
-    world.switch(Mode::Pae);
+    world.load();
     let cr3 = POINTERS << 12;
     let mut registers = Vec::new();
     for table in [6, 7, 6, 7] {
         world.memory.set(cr3, 8, table << 12 | P);
-        world.root = GuestRoot::Pae(world.guest.load_pointers(&world.memory, cr3).unwrap());
+        world.guest.root =
+            GuestRoot::Pae(world.guest.walker.load_pointers(&world.memory, cr3).unwrap());
         world.enter_anew();
         world.forget();
         // Not loaded: nothing changes.
@@ -1034,7 +528,7 @@ fn pae_pointers_are_the_registers() {
         world.access(0, AccessKind::Write, true);
         let gfn = if table == 6 { 512 } else { 1024 };
         assert_eq!(world.shadow(0).unwrap().pa >> 12, world.backing.pfn(gfn).unwrap());
-        registers.push(world.register);
+        registers.push(world.rig.register);
     }
     assert_eq!(registers[0], registers[2], "former roots are kept");
     assert_ne!(registers[0], registers[1]);
@@ -1050,12 +544,11 @@ fn modes_share_no_shadow_of_a_table() {
     world.memory.set(0, 8, (1000 << 12) | ALL | (1 << 55));
     world.access(0, AccessKind::Read, true);
     assert!(world.shadow(0).is_some());
-    world.switch(Mode::Pae);
+    world.guest = Kernel::new(Mode::Pae);
     world.memory.set(POINTERS << 12, 8, (6 << 12) | P);
-    let pointers = world.guest.load_pointers(&world.memory, POINTERS << 12).unwrap();
-    world.root = GuestRoot::Pae(pointers);
-    world.enter_anew();
-    world.forget();
+    let pointers = world.guest.walker.load_pointers(&world.memory, POINTERS << 12).unwrap();
+    world.guest.root = GuestRoot::Pae(pointers);
+    world.switched();
     world.memory.set(8, 8, (1001 << 12) | ALL);
     world.remember_all();
     let next = world.addresses.iter().position(|gva| *gva == 0x1000).unwrap();

@@ -4,7 +4,6 @@ mod common;
 mod shadow_support;
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use common::DATA;
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Level};
@@ -15,7 +14,8 @@ use mmu_model::AccessKind;
 use shadow_mmu::guest::{GuestRoot, Operation, Privilege, Request};
 use shadow_mmu::rmap::{MAX_ALIASES, RmapKey};
 use shadow_mmu::{PageRole, ReclaimPolicy, RoleFlags, ShadowError};
-use shadow_support::{A, D, LOWEST, P, PAGES, U, W, World, slot};
+use shadow_support::rig::slot;
+use shadow_support::{A, D, LOWEST, P, PAGES, U, W, World};
 
 const ALL: u64 = P | W | U | A | D;
 /// The guest's tables on the way to address 0: one of each level.
@@ -42,15 +42,15 @@ fn guest_with(quota: u32, policy: ReclaimPolicy) -> World {
 
 /// Write an entry of a guest table; nobody is told.
 fn put(world: &World, table: u64, index: u64, entry: u64) {
-    world.memory.0[(table * 512 + index) as usize].store(entry, Ordering::SeqCst);
+    world.memory.set(table * 4096 + index * 8, 8, entry);
 }
 
 /// The same through the emulator, which reports `bytes` bytes from the entry on.
 fn write(world: &mut World, table: u64, index: u64, entry: u64, offset: u64, bytes: u64) {
     put(world, table, index, entry);
     let at = Gpa::new(table * 4096 + index * 8 + offset);
-    let actor = world.vcpu.actor();
-    world.lock.0.lock().unwrap().guest_wrote(actor, at, bytes);
+    let actor = world.rig.vcpu.actor();
+    world.rig.lock.0.lock().unwrap().guest_wrote(actor, at, bytes);
 }
 
 fn request(operation: Operation) -> Request {
@@ -62,7 +62,7 @@ fn fault(world: &mut World, gva: u64, operation: Operation) -> Result<FaultOutco
     let root = GuestRoot::Cr3(world.root << 12);
     let walk = world.guest.walk(&world.memory, &root, Gva::new(gva), request(operation));
     let walk = walk.expect("the guest has no fault of its own");
-    world.vcpu.fault(&world.lock, &world.guest, &world.memory, &walk, request(operation))
+    world.rig.vcpu.fault(&world.rig.lock, &world.guest, &world.memory, &walk, request(operation))
 }
 
 fn read(world: &mut World, gva: u64) {
@@ -73,13 +73,13 @@ fn read(world: &mut World, gva: u64) {
 /// What an address leads to by the shadow tables: page offset from the first host page, writable?
 fn reached(world: &World, gva: u64) -> Option<(u64, bool)> {
     let access = mmu_model::Access::supervisor(AccessKind::Read);
-    let peek = common::Peek(world.mmu.vm().host());
-    let found = world.walker.translate(&peek, world.register, gva, access).ok()?;
+    let peek = common::Peek(world.rig.mmu.vm().host());
+    let found = world.rig.walker.translate(&peek, world.rig.register, gva, access).ok()?;
     Some(((found.pa >> 12) - DATA, found.writable()))
 }
 
 fn live(world: &World) -> u32 {
-    world.lock.0.lock().unwrap().live_pages()
+    world.rig.lock.0.lock().unwrap().live_pages()
 }
 
 /// Row 4.18, bug M1: the guest changes an entry between the walk and the lock, at each level.
@@ -97,8 +97,11 @@ fn an_entry_that_changes_between_walk_and_lock_is_not_used() {
             let walk = world.guest.walk(&world.memory, &root, Gva::new(0), ask).unwrap();
             let other = if table == LOWEST { 30 << 12 | ALL } else { 9 << 12 | ALL };
             write(&mut world, table, 0, other, 0, 8);
-            let outcome =
-                world.vcpu.fault(&world.lock, &world.guest, &world.memory, &walk, ask).unwrap();
+            let outcome = world
+                .rig
+                .vcpu
+                .fault(&world.rig.lock, &world.guest, &world.memory, &walk, ask)
+                .unwrap();
             assert_eq!(outcome, FaultOutcome::Retry, "table {table}, shadowed: {shadowed}");
             assert_eq!(reached(&world, 0), None, "table {table}, shadowed: {shadowed}");
             world.finish();
@@ -116,7 +119,7 @@ fn a_frame_that_is_mapped_a_thousand_times_starts_over() {
     }
     let key = RmapKey { space: 0, level: Level::L1, gfn: Gfn::new(PAGE) };
     let aliases = |world: &World| {
-        let list = world.mmu.rmaps().lock(key);
+        let list = world.rig.mmu.rmaps().lock(key);
         list.map_or(0, |list| list.entries().count() as u64)
     };
     for number in 0..u64::from(MAX_ALIASES) {
@@ -125,7 +128,7 @@ fn a_frame_that_is_mapped_a_thousand_times_starts_over() {
     }
     read(&mut world, u64::from(MAX_ALIASES) << 12);
     assert_eq!(aliases(&world), 1, "all went but the new one");
-    let recycled = world.lock.0.lock().unwrap().stats().rmap_recycled;
+    let recycled = world.rig.lock.0.lock().unwrap().stats().rmap_recycled;
     assert_eq!(recycled, u64::from(MAX_ALIASES));
     assert_eq!(reached(&world, 0), None);
     world.finish();
@@ -164,7 +167,7 @@ fn what_the_guest_overwrites_is_undone_entry_by_entry() {
 fn a_table_that_is_written_all_the_time_loses_its_shadow() {
     let mut world = guest();
     read(&mut world, 0);
-    let floods = |world: &World| world.lock.0.lock().unwrap().stats().floods;
+    let floods = |world: &World| world.rig.lock.0.lock().unwrap().stats().floods;
     for index in [100, 101] {
         write(&mut world, 5, index, 0, 0, 8);
     }
@@ -196,8 +199,8 @@ fn an_address_that_is_invalidated_follows_the_table_in_former_roots_too() {
         read(&mut world, gva);
     }
     assert_eq!(fault(&mut world, 0x3000, Operation::Write), Ok(FaultOutcome::Fixed));
-    assert_eq!(world.lock.0.lock().unwrap().stats().unsyncs, 1);
-    let first = world.register;
+    assert_eq!(world.rig.lock.0.lock().unwrap().stats().unsyncs, 1);
+    let first = world.rig.register;
     // Another root with the same tables below.
     put(&world, 1, 0, 2 << 12 | ALL);
     world.load_cr3(1);
@@ -210,16 +213,21 @@ fn an_address_that_is_invalidated_follows_the_table_in_former_roots_too() {
     put(&world, LOWEST, 1, 31 << 12 | ALL);
     assert_eq!(reached(&world, 0).map(|(page, _)| page), Some(PAGE), "stale until a flush");
     let gva = Gva::new(0);
-    world.vcpu.guest_invalidated(&world.lock, &world.guest, &world.memory, gva);
+    world.rig.vcpu.guest_invalidated(&world.rig.lock, &world.guest, &world.memory, gva);
     assert_eq!(reached(&world, 0), None, "gone");
     assert_eq!(reached(&world, 0x1000).map(|(page, _)| page), Some(PAGE + 1), "not asked for");
-    let current = world.register;
-    world.register = first;
+    let current = world.rig.register;
+    world.rig.register = first;
     assert_eq!(reached(&world, 0), None, "also in the former root");
-    world.register = current;
-    world.vcpu.guest_flushed(&world.lock, &world.guest, &world.memory);
+    world.rig.register = current;
+    world.rig.vcpu.guest_flushed(&world.rig.lock, &world.guest, &world.memory);
     assert_eq!(reached(&world, 0x1000), None, "a flush is for all addresses");
-    world.vcpu.guest_invalidated(&world.lock, &world.guest, &world.memory, Gva::new(1 << 47));
+    world.rig.vcpu.guest_invalidated(
+        &world.rig.lock,
+        &world.guest,
+        &world.memory,
+        Gva::new(1 << 47),
+    );
     world.finish();
 }
 
@@ -235,7 +243,7 @@ fn tables_above_the_lowest_level_stay_protected() {
         assert_eq!(reached(&world, gva), Some((table, false)));
         assert_eq!(fault(&mut world, gva, Operation::Write), Ok(FaultOutcome::WriteProtected));
     }
-    assert_eq!(world.lock.0.lock().unwrap().stats().unsyncs, 0);
+    assert_eq!(world.rig.lock.0.lock().unwrap().stats().unsyncs, 0);
     world.finish();
 }
 
@@ -247,7 +255,7 @@ fn the_first_write_to_a_clean_page_is_noticed() {
     put(&world, LOWEST, 0, PAGE << 12 | P | W | U);
     read(&mut world, 0);
     assert_eq!(reached(&world, 0), Some((PAGE, false)));
-    let entry = |world: &World| world.memory.get(LOWEST, 0) & (A | D);
+    let entry = |world: &World| world.memory.get(LOWEST * 4096, 8).unwrap() & (A | D);
     assert_eq!(entry(&world), A);
     assert_eq!(fault(&mut world, 0, Operation::Write), Ok(FaultOutcome::Fixed));
     assert_eq!(entry(&world), A | D);
@@ -256,7 +264,7 @@ fn the_first_write_to_a_clean_page_is_noticed() {
     put(&world, LOWEST, 3, LOWEST << 12 | ALL);
     assert_eq!(fault(&mut world, 0x3000, Operation::Write), Ok(FaultOutcome::Fixed));
     put(&world, LOWEST, 0, PAGE << 12 | P | W | U | A);
-    world.vcpu.guest_flushed(&world.lock, &world.guest, &world.memory);
+    world.rig.vcpu.guest_flushed(&world.rig.lock, &world.guest, &world.memory);
     assert_eq!(reached(&world, 0), Some((PAGE, false)));
     world.finish();
 }
@@ -272,11 +280,11 @@ fn without_write_protection_a_supervisor_writes_and_no_user_does() {
     };
     let root = GuestRoot::Cr3(0);
     let walk = world.guest.walk(&world.memory, &root, Gva::new(0), ask).unwrap();
-    let outcome = world.vcpu.fault(&world.lock, &world.guest, &world.memory, &walk, ask);
+    let outcome = world.rig.vcpu.fault(&world.rig.lock, &world.guest, &world.memory, &walk, ask);
     assert_eq!(outcome, Ok(FaultOutcome::Fixed));
     let translate = |world: &World, access| {
-        let peek = common::Peek(world.mmu.vm().host());
-        world.walker.translate(&peek, world.register, 0, access).is_ok()
+        let peek = common::Peek(world.rig.mmu.vm().host());
+        world.rig.walker.translate(&peek, world.rig.register, 0, access).is_ok()
     };
     assert!(translate(&world, mmu_model::Access::supervisor(AccessKind::Write)));
     assert!(!translate(&world, mmu_model::Access::user(AccessKind::Read)));
@@ -293,28 +301,29 @@ fn a_slot_that_goes_leaves_nothing_behind() {
     let mut world = guest();
     (0..8).for_each(|index| read(&mut world, index << 12));
     assert!(live(&world) >= 4);
-    let vm = Arc::clone(world.mmu.vm());
-    let request = mmu_core::slot::SlotRequest { bytes: 0, ..slot(SlotFlags::empty()) };
-    let (mmu, lock) = (&world.mmu, &world.lock);
-    let gone = vm.set_slot(&mut world.slots, &mut world.notifier, &request, |actor, old| {
-        let range = old.range();
-        let invalidation = vm.notify().begin(actor.participant(), range);
-        let _ = mmu.forget_range(actor, lock, &invalidation, range);
-    });
+    let vm = Arc::clone(world.rig.mmu.vm());
+    let request = mmu_core::slot::SlotRequest { bytes: 0, ..slot(PAGES, SlotFlags::empty()) };
+    let (mmu, lock) = (&world.rig.mmu, &world.rig.lock);
+    let gone =
+        vm.set_slot(&mut world.rig.slots, &mut world.rig.notifier, &request, |actor, old| {
+            let range = old.range();
+            let invalidation = vm.notify().begin(actor.participant(), range);
+            let _ = mmu.forget_range(actor, lock, &invalidation, range);
+        });
     assert!(gone.is_ok());
     for index in 0..8 {
         assert_eq!(reached(&world, index << 12), None);
     }
-    let (lock, actor) = (&world.lock, &mut world.notifier);
+    let (lock, actor) = (&world.rig.lock, &mut world.rig.notifier);
     let count = lock.0.lock().unwrap().check(actor).unwrap();
     assert_eq!(count.leaves, [0; 3]);
     // The root is the vCPU's, invalid, until it leaves it.
     assert_eq!(count.pages, 1);
-    assert!(!world.vcpu.root_is_current(&world.lock));
+    assert!(!world.rig.vcpu.root_is_current(&world.rig.lock));
     let read = Request::new(Operation::Read, Privilege::User);
     let root = GuestRoot::Cr3(0);
     let walk = world.guest.walk(&world.memory, &root, Gva::new(0), read).unwrap();
-    let outcome = world.vcpu.fault(&world.lock, &world.guest, &world.memory, &walk, read);
+    let outcome = world.rig.vcpu.fault(&world.rig.lock, &world.guest, &world.memory, &walk, read);
     let no_slot = EmulateReason::NoSlot { gfn: Gfn::new(PAGE), space: 0 };
     assert_eq!(outcome, Ok(FaultOutcome::Emulate(no_slot)));
     world.finish();
@@ -324,11 +333,11 @@ fn a_slot_that_goes_leaves_nothing_behind() {
 #[test]
 fn a_read_only_slot_is_never_writable() {
     let mut world = guest();
-    let vm = Arc::clone(world.mmu.vm());
-    let request = slot(SlotFlags::READ_ONLY);
-    let gone = mmu_core::slot::SlotRequest { bytes: 0, ..slot(SlotFlags::empty()) };
+    let vm = Arc::clone(world.rig.mmu.vm());
+    let request = slot(PAGES, SlotFlags::READ_ONLY);
+    let gone = mmu_core::slot::SlotRequest { bytes: 0, ..slot(PAGES, SlotFlags::empty()) };
     for request in [gone, request] {
-        let (slots, actor) = (&mut world.slots, &mut world.notifier);
+        let (slots, actor) = (&mut world.rig.slots, &mut world.rig.notifier);
         let _ = vm.set_slot(slots, actor, &request, |_, _| {}).unwrap();
     }
     read(&mut world, 0);
@@ -358,14 +367,20 @@ fn under_a_quota_used_tables_stay_and_roots_always() {
                 read(&mut world, number << 21);
                 // The processor walks there, and sets A on the way.
                 let access = mmu_model::Access::user(AccessKind::Read);
-                let host = world.mmu.vm().host();
-                assert!(world.walker.translate(host, world.register, number << 21, access).is_ok());
+                let host = world.rig.mmu.vm().host();
+                assert!(
+                    world
+                        .rig
+                        .walker
+                        .translate(host, world.rig.register, number << 21, access)
+                        .is_ok()
+                );
             }
             // What a fault needs may come on top, if reclaim took part of its way.
             assert!(live(&world) <= QUOTA + 3, "the quota holds");
-            assert!(world.vcpu.root_is_current(&world.lock), "roots are spared");
+            assert!(world.rig.vcpu.root_is_current(&world.rig.lock), "roots are spared");
         }
-        let made = world.lock.0.lock().unwrap().stats().pages_made;
+        let made = world.rig.lock.0.lock().unwrap().stats().pages_made;
         world.finish();
         made
     };
@@ -384,21 +399,21 @@ fn a_page_is_young_if_any_entry_that_maps_it_is() {
         read(&mut world, index << 12);
     }
     let age = |world: &mut World, mode| {
-        world.mmu.age_gfn(&mut world.notifier, Gfn::new(PAGE), mode, Effort::Full)
+        world.rig.mmu.age_gfn(&mut world.rig.notifier, Gfn::new(PAGE), mode, Effort::Full)
     };
     assert_eq!(age(&mut world, AgeMode::ClearFlush), AgeAnswer::Young);
     assert_eq!(age(&mut world, AgeMode::Test), AgeAnswer::Old);
     // One of three is used.
     let access = mmu_model::Access::user(AccessKind::Read);
-    let host = world.mmu.vm().host();
-    assert!(world.walker.translate(host, world.register, 0x2000, access).is_ok());
+    let host = world.rig.mmu.vm().host();
+    assert!(world.rig.walker.translate(host, world.rig.register, 0x2000, access).is_ok());
     assert_eq!(age(&mut world, AgeMode::Test), AgeAnswer::Young);
     let part = GfnRange::new(Gfn::new(PAGE - 3), Gfn::new(PAGE + 1));
     let request = AgeRequest::new(part, AgeMode::Clear);
-    let report = world.mmu.age(&mut world.notifier, request, &mut CountOnly);
+    let report = world.rig.mmu.age(&mut world.rig.notifier, request, &mut CountOnly);
     assert_eq!((report.mapped, report.young, report.entries), (1, 1, 3));
     let elsewhere = GfnRange::new(Gfn::new(PAGE + 1), Gfn::new(PAGES));
-    assert_eq!(world.mmu.test_age(&mut world.notifier, elsewhere), AgeAnswer::Unmapped);
+    assert_eq!(world.rig.mmu.test_age(&mut world.rig.notifier, elsewhere), AgeAnswer::Unmapped);
     world.finish();
 }
 
@@ -407,9 +422,9 @@ fn a_page_is_young_if_any_entry_that_maps_it_is() {
 fn aging_does_not_wait_for_the_writer() {
     let mut world = guest();
     read(&mut world, 0);
-    let held = world.lock.0.lock().unwrap();
+    let held = world.rig.lock.0.lock().unwrap();
     let mode = AgeMode::Clear;
-    let answer = world.mmu.age_gfn(&mut world.notifier, Gfn::new(PAGE), mode, Effort::Full);
+    let answer = world.rig.mmu.age_gfn(&mut world.rig.notifier, Gfn::new(PAGE), mode, Effort::Full);
     assert_eq!(answer, AgeAnswer::Young);
     drop(held);
     world.finish();
@@ -421,9 +436,9 @@ fn a_root_of_another_level_is_refused() {
     let mut world = guest();
     let role = PageRole::new(Level::L5, RoleFlags::empty());
     let gfn = Gfn::new(1);
-    let refused = world.vcpu.load_root(&world.lock, &world.guest, &world.memory, gfn, role);
+    let refused = world.rig.vcpu.load_root(&world.rig.lock, &world.guest, &world.memory, gfn, role);
     assert_eq!(refused, Err(ShadowError::WrongLevel { role: Level::L5, host: Level::L4 }));
     assert_eq!(live(&world), 1);
-    assert!(world.vcpu.root_is_current(&world.lock));
+    assert!(world.rig.vcpu.root_is_current(&world.rig.lock));
     world.finish();
 }
