@@ -10,6 +10,7 @@ pub mod descriptors;
 pub mod exit;
 pub mod heap;
 pub mod lock;
+mod mem;
 pub mod memory;
 pub mod paging;
 pub mod port;
