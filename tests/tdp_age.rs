@@ -227,6 +227,43 @@ fn a_huge_page_that_was_cleared_by_one_page_is_flushed_by_any() {
     for_each_format!(run);
 }
 
+/// A precise pass flushes a huge leaf that it clears, for all of its pages whichever it was asked
+/// about: no TLB hides the next access.
+#[test]
+fn a_precise_pass_over_one_page_of_a_huge_page_hides_none_of_it() {
+    fn run<F: Modelled>(caps: Capabilities) {
+        for level in [Level::L2, Level::L3] {
+            let mut guest = Guest::<F>::with_memory(caps, 2 * G1, level);
+            let root = guest.root_register();
+            let cpu = SoftCpu::new(&guest.format, root, Caches::unlimited());
+            let core = guest.host().add_core(cpu);
+            let read = |guest: &mut Guest<F>| {
+                let access = mmu_model::Access::user(Read);
+                for _ in 0..4 {
+                    let address = (BASE + 9) << 12;
+                    let found = core.lock().unwrap().cpu.access(guest.host(), address, access);
+                    match found {
+                        Ok(_) => return,
+                        Err(_) => guest.map([BASE + 9], Read, level),
+                    }
+                }
+                panic!("cannot be read");
+            };
+            read(&mut guest);
+            let whole = range(BASE, BASE + level.pages());
+            for (asked, pages) in [(whole, level.pages()), (range(BASE + 200, BASE + 201), 1)] {
+                assert_eq!(guest.age(asked, AgeMode::ClearFlush).young, pages);
+                assert_eq!(guest.age(whole, AgeMode::Test).young, 0);
+                read(&mut guest);
+                assert_eq!(guest.age(whole, AgeMode::Test).young, level.pages(), "{asked:?}");
+            }
+            guest.check();
+            guest.finish();
+        }
+    }
+    for_each_format!(run);
+}
+
 /// A pass in slices finds what a pass in one finds, whatever the budget.
 #[test]
 fn slices_of_any_budget_find_the_same() {

@@ -299,6 +299,42 @@ fn a_cleared_link_is_believed_after_a_flush_and_not_before() {
     run::<Legacy>(Capabilities::legacy());
 }
 
+/// A processor may have cached the way to a table in which nothing is young: it went there for a
+/// page that is not mapped. A precise pass that clears the links on that way owes their flush, and
+/// no leaf owes it for them.
+#[test]
+fn a_link_with_nothing_young_below_it_is_flushed_for_itself() {
+    fn run<F: Modelled>(caps: Capabilities) {
+        let mut guest = wide::<F>(caps, Level::L1);
+        let core = core(&mut guest);
+        let [mapped, absent] = [BASE + 3, BASE + 300];
+        guest.map([mapped], Read, Level::L1);
+        // The leaf is old and in no cache, the links above it are as they were born: accessed.
+        assert_eq!(guest.age(GfnRange::ALL, AgeMode::ClearFlush).young, 1);
+        {
+            let cpu = &mut core.lock().unwrap().cpu;
+            cpu.speculate(guest.host(), absent << 12, mmu_model::Access::user(Read));
+            let top = cpu.walker().rules().levels();
+            assert!(cpu.psc().lookup(mapped << 12, top).is_some_and(|step| step.level == 1));
+            assert!(cpu.tlb().lookup(mapped << 12).is_none());
+        }
+        assert!(!guest.young(mapped));
+        let all = |mode| request(GfnRange::ALL, mode);
+        let cleared = guest.ask(all(AgeMode::ClearFlush), &mut CountOnly);
+        assert_eq!((cleared.mapped, cleared.young), (1, 0), "entered, and nothing young in it");
+        assert_eq!(guest.ask(all(AgeMode::Test), &mut CountOnly).mapped, 0, "idle by now");
+        read(&mut guest, &core, mapped, Level::L1);
+        assert!(guest.young(mapped));
+        let seen = guest.ask(all(AgeMode::Test), &mut CountOnly);
+        assert_eq!((seen.mapped, seen.young), (1, 1), "the access set the links again");
+        guest.check();
+        guest.finish();
+    }
+    run::<Ept>(Capabilities::ept());
+    run::<Npt>(Capabilities::npt());
+    run::<Legacy>(Capabilities::legacy());
+}
+
 /// An access while a precise call flushes leaves a young leaf under links that say idle. Whatever
 /// takes its place and inherits the access sets the links.
 #[test]

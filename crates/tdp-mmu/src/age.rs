@@ -301,7 +301,11 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
                 self.clear(step.cell, step.spte, gfn, level);
             }
             match self.job.mode {
-                AgeMode::ClearFlush => self.change.owe(self.work.debt, range),
+                AgeMode::ClearFlush => {
+                    if !mmu_core::busted!("huge_age_without_flush") {
+                        self.change.owe(self.work.debt, range);
+                    }
+                }
                 // Cleared as a whole, and so hidden as a whole.
                 AgeMode::Clear if !self.job.range.covers(range) => {
                     self.work.pass.note(range, Level::L1);

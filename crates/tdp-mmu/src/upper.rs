@@ -111,7 +111,8 @@ impl<F: SpteFormat, H: Host, S: AgeSink> Slice<'_, '_, F, H, S> {
     fn clear_link(&mut self, step: &Step<'_>, range: GfnRange) {
         if self.change.age_table(step.cell, step.spte, step.gfn, step.level) {
             self.work.pass.note(range, step.level);
-            if self.job.mode == AgeMode::ClearFlush {
+            let precise = self.job.mode == AgeMode::ClearFlush;
+            if precise && !mmu_core::busted!("upper_clear_without_flush") {
                 self.change.owe(self.work.debt, range);
             }
         }
