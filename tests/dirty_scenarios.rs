@@ -70,7 +70,7 @@ fn holds(name: &str, options: &Options) {
 fn has_kvm(test: &str) -> bool {
     let available = kvm::available();
     if let Err(why) = &available {
-        eprintln!("SKIPPED (no /dev/kvm): {test}: {why}");
+        kvm::skip::aloud("no /dev/kvm", test, why);
     }
     available.is_ok()
 }

@@ -8,6 +8,8 @@
 //! multiplies the main space by vendors, address widths and SMAP (more than 500 million cases).
 
 mod guest_support;
+#[path = "common/skip.rs"]
+mod skip;
 
 use std::time::Instant;
 
@@ -431,7 +433,8 @@ const LONG_CASES: u64 = ACCESS_CASES / 39 * 156 * 8;
 fn half_a_billion_cases_agree_when_asked_for() {
     let name = "half_a_billion_cases_agree_when_asked_for";
     if std::env::var("GUEST_WALK_CASES").as_deref() != Ok("long") {
-        eprintln!("SKIPPED (GUEST_WALK_CASES is not `long`): {name}: {LONG_CASES} cases");
+        let cases = format_args!("{LONG_CASES} cases");
+        skip::aloud("GUEST_WALK_CASES is not `long`", name, cases);
         return;
     }
     let begun = Instant::now();

@@ -7,6 +7,8 @@
 //! does not open each test says so, loudly, and passes.
 
 mod guest_support;
+#[path = "common/skip.rs"]
+mod skip;
 #[path = "guest_support/vm.rs"]
 mod vm;
 
@@ -29,12 +31,14 @@ use vm::{
     EFER_LME, EFER_NXE, Offered, PAGE, Vm,
 };
 
+const NO_SUCH_GUESTS: &str = "this KVM has no such guests";
+
 /// Skips aloud.
 fn open(test: &str) -> Option<Kvm> {
     match vm::open() {
         Ok(kvm) => Some(kvm),
         Err(why) => {
-            eprintln!("SKIPPED (no /dev/kvm): {test}: {why}");
+            skip::aloud("no /dev/kvm", test, why);
             None
         }
     }
@@ -184,7 +188,7 @@ fn long_translations(kvm: &Kvm, levels: u64, nxe: u64, test: &str) {
     };
     if let Err(why) = accepted.and_then(|()| probe(&vm, levels)) {
         assert_eq!(levels, 5, "four levels are there: {why}");
-        eprintln!("SKIPPED (this KVM has no such guests): {test}: 5 levels: {why}");
+        skip::aloud(NO_SUCH_GUESTS, test, format_args!("5 levels: {why}"));
         return;
     }
     let walker = GuestWalker::new(&cpu(&vm.offered), ours).expect("what KVM offers");
@@ -249,7 +253,7 @@ fn translations_of_the_older_modes_agree_with_kvm() {
         let controls = Controls { cr0: CR0_PE | CR0_PG | CR0_WP, cr3, cr4, efer };
         let accepted = vm.set_controls(&controls);
         if let Err(why) = accepted.and_then(|()| probe(&vm, levels)) {
-            eprintln!("SKIPPED (this KVM has no such guests): {test}: {mode}: {why}");
+            skip::aloud(NO_SUCH_GUESTS, test, format_args!("{mode}: {why}"));
             continue;
         }
         let walker = GuestWalker::new(&cpu(&vm.offered), ours).expect("what KVM offers");
@@ -539,7 +543,7 @@ fn compare(kvm: &Kvm, random: &mut Random, setting: &Setting, outcome: &mut Outc
         controls.efer &= !EFER_NXE;
     }
     if let Err(why) = batch.vm.set_controls(&controls) {
-        eprintln!("SKIPPED (this KVM has no such guests): real accesses, {setting:?}: {why}");
+        skip::aloud(NO_SUCH_GUESTS, "real accesses", format_args!("{setting:?}: {why}"));
         outcome.skipped += ACCESSES;
         return;
     }

@@ -51,7 +51,7 @@ struct World {
 impl World {
     fn new(test: &str, vcpus: u32, pages: u64) -> Option<Self> {
         if let Err(why) = kvm::available() {
-            eprintln!("SKIPPED (no /dev/kvm): {test}: {why}");
+            kvm::skip::aloud("no /dev/kvm", test, why);
             return None;
         }
         let alone = ALONE.lock().unwrap_or_else(|broken| broken.into_inner());

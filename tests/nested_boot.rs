@@ -50,7 +50,7 @@ fn elf(code: &[u8]) -> Vec<u8> {
 /// Boots `code` and says what it printed and how it ended.
 fn run(test: &str, code: &[u8], vcpus: u32, patience: Duration) -> Option<(Vec<String>, End)> {
     if let Err(why) = kvm::available() {
-        eprintln!("SKIPPED (no /dev/kvm): {test}: {why}");
+        kvm::skip::aloud("no /dev/kvm", test, why);
         return None;
     }
     let kvm = Kvm::new().expect("/dev/kvm");

@@ -68,7 +68,7 @@ fn counted(report: &Report, name: &str) -> u64 {
 fn has_kvm(test: &str) -> bool {
     let available = kvm::available();
     if let Err(why) = &available {
-        eprintln!("SKIPPED (no /dev/kvm): {test}: {why}");
+        kvm::skip::aloud("no /dev/kvm", test, why);
     }
     available.is_ok()
 }

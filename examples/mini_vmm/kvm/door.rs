@@ -261,7 +261,7 @@ mod tests {
     /// A door with a vCPU behind it that never runs.
     fn door(test: &str) -> Option<(Door, VcpuFd)> {
         if let Err(why) = super::super::available() {
-            eprintln!("SKIPPED (no /dev/kvm): {test}: {why}");
+            super::super::skip::aloud("no /dev/kvm", test, why);
             return None;
         }
         let kvm = Kvm::new().expect("/dev/kvm");

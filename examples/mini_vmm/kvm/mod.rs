@@ -17,6 +17,9 @@
 pub(crate) mod door;
 mod flush;
 pub(crate) mod memory;
+#[cfg(test)]
+#[path = "../../../tests/common/skip.rs"]
+pub(crate) mod skip;
 mod stub;
 mod vcpu;
 
