@@ -39,7 +39,9 @@ pub enum Command {
         target: VmNode,
         /// The youngest generation as the user knows it.
         seq: Seq,
-        /// `None`: the VM's own.
+        /// Has no effect: the text form has the word, so it is read, and refused above 201.
+        /// Upstream chooses by it whose oldest generation makes room; here both kinds share one,
+        /// and a pass looks at the pages of both.
         swappiness: Option<Swappiness>,
         /// Full unless the last word is 0 (row 5.29).
         scan: Scan,
@@ -211,6 +213,7 @@ fn command(text: &str, number: u64) -> Result<Command, CommandError> {
 }
 
 /// `+` for one VM: a whole pass. `options` says how, but for what is looked at, which is `scan`.
+/// The command's swappiness is not asked for: aging has no use for it.
 ///
 /// # Errors
 /// [`CommandError::Future`]; [`CommandError::Advanced`] when another pass is under way or finished

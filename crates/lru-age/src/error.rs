@@ -67,8 +67,8 @@ pub enum AgeError {
     },
     /// Somebody else holds the table's editor: a pass is under way.
     Busy,
-    /// A pass must clear what it reads; [`AgeMode::Test`](mmu_core::traits::AgeMode::Test) would
-    /// count one access in every pass.
+    /// Passes, look-arounds and the start of a sampled interval must clear what they read;
+    /// [`AgeMode::Test`](mmu_core::traits::AgeMode::Test) would count one access again and again.
     TestOnly,
     /// Another pass finished since this one started (KVM row 5.23: at most one increment per
     /// requested sequence number).
@@ -141,7 +141,7 @@ impl fmt::Display for AgeError {
             ),
             Self::FleetFull { room } => write!(f, "the fleet has room for {room} VMs"),
             Self::Busy => f.write_str("a pass or another edit is under way"),
-            Self::TestOnly => f.write_str("a pass must clear the accessed bits it reads"),
+            Self::TestOnly => f.write_str("the mode must clear the accessed bits it reads"),
             Self::Superseded { started, max_seq } => {
                 write!(f, "the pass started at generation {started}, another reached {max_seq}")
             }

@@ -180,18 +180,26 @@ impl SampledWorkingSet {
 
     /// Begin an interval: forget what was used so far. `mode` is `Clear`, or `ClearFlush` for an
     /// interval that no TLB hides accesses from.
+    ///
+    /// # Errors
+    /// [`AgeError::TestOnly`] for [`AgeMode::Test`]: nothing would be forgotten, and the next
+    /// measurement would count everything ever used.
     pub fn clear<M: AgeRange, Y: Heard>(
         &self,
         mmu: &M,
         reader: &mut M::Reader,
         mode: AgeMode,
         heard: &mut Y,
-    ) {
+    ) -> Result<(), AgeError> {
+        if mode == AgeMode::Test {
+            return Err(AgeError::TestOnly);
+        }
         for &range in &self.blocks {
             let young = |run| heard.young(run);
             let mut sink = Runs { range, present: |_| {}, young };
             let _ = ask(mmu, reader, range, mode, &mut sink);
         }
+        Ok(())
     }
 
     /// Pages of the whole VM used since the last `clear`, with an interval that holds the truth in

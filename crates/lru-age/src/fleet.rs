@@ -1,10 +1,11 @@
 //! [`Fleet`]: whose turn it is, when many VMs share one aging or evicting thread (KVM row 5.34).
 //!
-//! Three generations of eight bins of VMs. Turns are taken from the oldest generation, from a bin
-//! chosen at random on; who has done its share goes to the youngest, who has not waits behind all
-//! that are left of this one. A generation is over when its bins are empty, so nobody starts a
-//! second round while another waits for its first; the random start keeps several threads, each
-//! with its own fleet of the same VMs, from meeting at the same one.
+//! Two generations of eight bins of VMs: the one whose turns are given out, and the next (upstream
+//! keeps a third for readers without its lock). Turns are taken from the older, from a bin chosen
+//! at random on; who has done its share goes to the younger, who has not waits behind all that are
+//! left of this one. A generation is over when its bins are empty, so nobody starts a second round
+//! while another waits for its first; the random start keeps several threads, each with its own
+//! fleet of the same VMs, from meeting at the same one.
 //!
 //! A turn is worth so many table entries, more for who weighs more; what a turn did not use or used
 //! too much counts in the next. One owner, no lock, nothing allocated after [`Fleet::new`].
@@ -18,17 +19,22 @@ use crate::AgeError;
 use crate::random::Random;
 
 /// Generations of VMs.
-const GENS: u64 = 3;
+const GENS: u64 = 2;
 /// Bins of a generation.
 const BINS: u64 = 8;
-const LISTS: usize = 24;
-const _: () = assert!(GENS * BINS == 24, "a list for each bin of each generation");
+const LISTS: usize = 16;
+const _: () = assert!(GENS * BINS == 16, "a list for each bin of each generation");
 /// The largest debt or credit, in turns.
 const MAX_CARRY: u64 = 4;
 
-/// Names a VM of a fleet.
+/// Names a VM of a fleet, and after its removal nobody: its place may be given to another, its name
+/// is not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct FleetVm(u32);
+pub struct FleetVm {
+    at: u32,
+    /// VMs that were added to the fleet before it.
+    number: u64,
+}
 
 /// A turn: what its VM may spend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,17 +53,19 @@ pub struct Turn {
 pub enum Outcome {
     /// There is more to do in this round: it waits behind all others of it (upstream's TAIL).
     More,
-    /// Its round is done, or there is nothing to gain: to the youngest generation (YOUNG).
+    /// Its round is done, or there is nothing to gain: to the next generation (YOUNG).
     Finished,
     /// It is over its limit: the next turn is its own again (HEAD).
     Urgent,
-    /// It is going away: to the oldest generation, so that it is emptied first (OLD).
+    /// It is going away: anywhere in this generation, so that it is emptied first (OLD).
     Leaving,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Member {
     key: u64,
+    /// As in the [`FleetVm`] that names it.
+    number: u64,
     /// Entries per turn.
     share: u64,
     /// Entries left over from earlier turns (positive) or owed.
@@ -65,6 +73,18 @@ struct Member {
     place: Place,
     previous: Option<u32>,
     next: Option<u32>,
+}
+
+impl Member {
+    const FREE: Self = Self {
+        key: 0,
+        number: 0,
+        share: 0,
+        carry: 0,
+        place: Place::Free,
+        previous: None,
+        next: None,
+    };
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,13 +112,15 @@ pub struct Fleet {
     members: Box<[Member]>,
     lists: [List; LISTS],
     random: Random,
-    /// The oldest generation, whose turns are given out; the youngest is one above.
+    /// The older generation, whose turns are given out; the younger is one above.
     seq: u64,
     /// The bin that turns come from.
     bin: u64,
     /// Bins of this generation found empty in a row.
     empty: u64,
     listed: u64,
+    /// VMs ever added.
+    added: u64,
 }
 
 impl Fleet {
@@ -114,13 +136,11 @@ impl Fleet {
         }
         let mut members = Vec::new();
         members.try_reserve_exact(to_index(most)).map_err(|_| no_memory)?;
-        let free =
-            Member { key: 0, share: 0, carry: 0, place: Place::Free, previous: None, next: None };
-        members.resize(to_index(most), free);
+        members.resize(to_index(most), Member::FREE);
         let mut random = Random::new(seed);
         let bin = random.below(BINS);
         let (members, lists) = (members.into(), [List::default(); LISTS]);
-        Ok(Self { members, lists, random, seq: 0, bin, empty: 0, listed: 0 })
+        Ok(Self { members, lists, random, seq: 0, bin, empty: 0, listed: 0, added: 0 })
     }
 
     /// A new VM, known to the embedder as `key`, with `entries` per turn. Its first turn comes in
@@ -131,20 +151,25 @@ impl Fleet {
     pub fn add(&mut self, key: u64, entries: u64) -> Result<FleetVm, AgeError> {
         let room = to_u64(self.members.len());
         let free = self.members.iter().position(|member| member.place == Place::Free);
-        let vm = free.and_then(|at| u32::try_from(at).ok()).map(FleetVm);
-        let vm = vm.ok_or(AgeError::FleetFull { room })?;
-        if let Some(member) = self.member_mut(vm) {
-            (member.key, member.share, member.carry) = (key, entries.max(1), 0);
+        let at = free.and_then(|at| u32::try_from(at).ok());
+        let at = at.ok_or(AgeError::FleetFull { room })?;
+        let number = self.added;
+        self.added += 1;
+        if let Some(member) = self.member_mut(at) {
+            *member = Member { key, number, share: entries.max(1), ..Member::FREE };
         }
         let bin = self.random.below(BINS);
-        self.push(vm, list(self.seq, bin), End::Tail);
-        Ok(vm)
+        self.push(at, list(self.seq, bin), End::Tail);
+        Ok(FleetVm { at, number })
     }
 
-    /// The VM is gone, also in the middle of its turn. Unknown ones are ignored.
+    /// The VM is gone, also in the middle of its turn. One that was removed before is ignored.
     pub fn remove(&mut self, vm: FleetVm) {
-        self.unlink(vm);
-        if let Some(member) = self.member_mut(vm) {
+        if self.named_mut(vm).is_none() {
+            return;
+        }
+        self.unlink(vm.at);
+        if let Some(member) = self.member_mut(vm.at) {
             member.place = Place::Free;
         }
     }
@@ -173,13 +198,15 @@ impl Fleet {
         if self.listed == 0 {
             return None;
         }
-        // Ends: within three generations of bins there is a VM.
+        // Ends: within two generations of bins there is a VM. The older one is empty when the next
+        // takes its place, so its lists are free for the one after.
         loop {
             let first = self.lists.get(list(self.seq, self.bin)).and_then(|list| list.first);
-            if let Some(vm) = first.map(FleetVm) {
+            if let Some(at) = first {
                 self.empty = 0;
-                self.unlink(vm);
-                let member = self.member_mut(vm)?;
+                self.unlink(at);
+                let member = self.member_mut(at)?;
+                let vm = FleetVm { at, number: member.number };
                 member.place = Place::Running;
                 let share = i64::try_from(member.share).unwrap_or(i64::MAX);
                 let entries = share.saturating_add(member.carry).max(1);
@@ -199,7 +226,7 @@ impl Fleet {
     pub fn done(&mut self, turn: Turn, spent: u64, outcome: Outcome) {
         let (seq, at) = (self.seq, self.bin);
         let any = self.random.below(BINS);
-        let Some(member) = self.member_mut(turn.vm) else { return };
+        let Some(member) = self.named_mut(turn.vm) else { return };
         if member.place != Place::Running || member.key != turn.key {
             return;
         }
@@ -212,22 +239,29 @@ impl Fleet {
         member.carry = left.clamp(-limit, most);
         match outcome {
             // The bin before this one is the last that turns come to.
-            Outcome::More => self.push(turn.vm, list(seq, (at + BINS - 1) % BINS), End::Tail),
-            Outcome::Urgent => self.push(turn.vm, list(seq, at), End::Head),
-            Outcome::Leaving => self.push(turn.vm, list(seq, any), End::Tail),
-            Outcome::Finished => self.push(turn.vm, list(seq + 1, any), End::Tail),
+            Outcome::More => self.push(turn.vm.at, list(seq, (at + BINS - 1) % BINS), End::Tail),
+            Outcome::Urgent => self.push(turn.vm.at, list(seq, at), End::Head),
+            Outcome::Leaving => self.push(turn.vm.at, list(seq, any), End::Tail),
+            Outcome::Finished => self.push(turn.vm.at, list(seq + 1, any), End::Tail),
         }
     }
 
-    fn member_mut(&mut self, vm: FleetVm) -> Option<&mut Member> {
-        self.members.get_mut(usize::try_from(vm.0).ok()?)
+    /// The VM of this name, unless it was removed.
+    fn named_mut(&mut self, vm: FleetVm) -> Option<&mut Member> {
+        let named =
+            |member: &&mut Member| member.place != Place::Free && member.number == vm.number;
+        self.member_mut(vm.at).filter(named)
     }
 
-    fn link_mut(&mut self, vm: Option<u32>) -> Option<&mut Member> {
-        vm.and_then(|vm| self.member_mut(FleetVm(vm)))
+    fn member_mut(&mut self, at: u32) -> Option<&mut Member> {
+        self.members.get_mut(usize::try_from(at).ok()?)
     }
 
-    fn push(&mut self, vm: FleetVm, at: usize, end: End) {
+    fn link_mut(&mut self, at: Option<u32>) -> Option<&mut Member> {
+        at.and_then(|at| self.member_mut(at))
+    }
+
+    fn push(&mut self, vm: u32, at: usize, end: End) {
         let Some(&List { first, last }) = self.lists.get(at) else { return };
         let (previous, next) = match end {
             End::Head => (None, first),
@@ -237,21 +271,21 @@ impl Fleet {
             (member.place, member.previous, member.next) = (Place::Listed(at), previous, next);
         }
         if let Some(member) = self.link_mut(previous) {
-            member.next = Some(vm.0);
+            member.next = Some(vm);
         }
         if let Some(member) = self.link_mut(next) {
-            member.previous = Some(vm.0);
+            member.previous = Some(vm);
         }
         if let Some(list) = self.lists.get_mut(at) {
             match end {
-                End::Head => *list = List { first: Some(vm.0), last: last.or(Some(vm.0)) },
-                End::Tail => *list = List { first: first.or(Some(vm.0)), last: Some(vm.0) },
+                End::Head => *list = List { first: Some(vm), last: last.or(Some(vm)) },
+                End::Tail => *list = List { first: first.or(Some(vm)), last: Some(vm) },
             }
         }
         self.listed += 1;
     }
 
-    fn unlink(&mut self, vm: FleetVm) {
+    fn unlink(&mut self, vm: u32) {
         let Some(&mut Member { place: Place::Listed(at), previous, next, .. }) =
             self.member_mut(vm)
         else {
@@ -264,10 +298,10 @@ impl Fleet {
             member.previous = previous;
         }
         if let Some(list) = self.lists.get_mut(at) {
-            if list.first == Some(vm.0) {
+            if list.first == Some(vm) {
                 list.first = next;
             }
-            if list.last == Some(vm.0) {
+            if list.last == Some(vm) {
                 list.last = previous;
             }
         }
@@ -284,4 +318,109 @@ enum End {
 
 fn list(seq: u64, bin: u64) -> usize {
     to_index(seq % GENS * BINS + bin)
+}
+
+#[cfg(test)]
+mod tests {
+    use alloc::collections::{BTreeMap, VecDeque};
+
+    use super::*;
+
+    /// The same rules with a list for every bin of every generation there ever is.
+    struct Unlimited {
+        lists: BTreeMap<(u64, u64), VecDeque<u64>>,
+        random: Random,
+        seq: u64,
+        bin: u64,
+    }
+
+    impl Unlimited {
+        fn list(&mut self, seq: u64, bin: u64) -> &mut VecDeque<u64> {
+            self.lists.entry((seq, bin)).or_default()
+        }
+
+        fn add(&mut self, key: u64) {
+            let (seq, bin) = (self.seq, self.random.below(BINS));
+            self.list(seq, bin).push_back(key);
+        }
+
+        fn remove(&mut self, key: u64) {
+            self.lists.values_mut().for_each(|list| list.retain(|&other| other != key));
+        }
+
+        fn turn(&mut self) -> Option<u64> {
+            if self.lists.values().all(VecDeque::is_empty) {
+                return None;
+            }
+            loop {
+                for _ in 0..BINS {
+                    let (seq, bin) = (self.seq, self.bin);
+                    if let Some(key) = self.list(seq, bin).pop_front() {
+                        return Some(key);
+                    }
+                    self.bin = (self.bin + 1) % BINS;
+                }
+                self.seq += 1;
+                self.bin = self.random.below(BINS);
+            }
+        }
+
+        fn done(&mut self, key: u64, outcome: Outcome) {
+            let (seq, at, any) = (self.seq, self.bin, self.random.below(BINS));
+            match outcome {
+                Outcome::More => self.list(seq, (at + BINS - 1) % BINS).push_back(key),
+                Outcome::Finished => self.list(seq + 1, any).push_back(key),
+                Outcome::Urgent => self.list(seq, at).push_front(key),
+                Outcome::Leaving => self.list(seq, any).push_back(key),
+            }
+        }
+    }
+
+    /// Two generations of lists are enough: nobody is ever two rounds ahead.
+    #[test]
+    fn the_order_of_turns_is_that_of_lists_without_number() {
+        for seed in 0..50 {
+            let mut work = Random::new(seed + 1000);
+            let mut fleet = Fleet::new(12, seed).unwrap();
+            let mut random = Random::new(seed);
+            let bin = random.below(BINS);
+            let mut model = Unlimited { lists: BTreeMap::new(), random, seq: 0, bin };
+            let (mut there, mut running) = (Vec::new(), Vec::<Turn>::new());
+            for key in 0..3000 {
+                match work.below(8) {
+                    0 if there.len() < 12 => {
+                        there.push((key, fleet.add(key, 10).unwrap()));
+                        model.add(key);
+                    }
+                    1 if there.len() > 3 => {
+                        let at = to_index(work.below(to_u64(there.len())));
+                        let (gone, vm) = there.swap_remove(at);
+                        fleet.remove(vm);
+                        model.remove(gone);
+                        running.retain(|turn| turn.key != gone);
+                    }
+                    2..5 => {
+                        let turn = fleet.turn();
+                        assert_eq!(turn.map(|turn| turn.key), model.turn(), "seed {seed}");
+                        running.extend(turn);
+                    }
+                    _ if !running.is_empty() => {
+                        let at = to_index(work.below(to_u64(running.len())));
+                        let turn = running.swap_remove(at);
+                        let outcome = match work.below(6) {
+                            0 => Outcome::More,
+                            1 => Outcome::Urgent,
+                            2 => Outcome::Leaving,
+                            _ => Outcome::Finished,
+                        };
+                        fleet.done(turn, 10, outcome);
+                        model.done(turn.key, outcome);
+                    }
+                    _ => {}
+                }
+                assert_eq!(fleet.rounds(), model.seq, "seed {seed}");
+            }
+            assert!(fleet.rounds() > 20, "{}", fleet.rounds());
+        }
+    }
 }

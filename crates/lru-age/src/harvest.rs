@@ -73,7 +73,7 @@ impl<'t> ScanPlan<'t> {
     }
 }
 
-/// What an MMU said about one part: a word of 144 bytes per block.
+/// What an MMU said about one part: a row of at most 136 bytes per block.
 #[derive(Debug)]
 pub struct Harvest {
     rows: Box<[Row]>,
@@ -105,6 +105,8 @@ pub(crate) struct Row {
     /// As many ones for one that was used.
     pub(crate) young: [u64; MASK_WORDS],
 }
+
+const _: () = assert!(size_of::<Row>() <= 136, "two masks, and what was said");
 
 impl Row {
     const EMPTY: Self =
@@ -194,9 +196,7 @@ impl Collector<'_> {
         let at = base.get().checked_sub(first.get())? / BLOCK_PAGES;
         self.rows.get_mut(to_index(at))
     }
-}
 
-impl Collector<'_> {
     /// Each block of `part`, with its pages in it as a mask.
     fn each(&mut self, part: GfnRange, mut add: impl FnMut(&mut Row, &[u64; MASK_WORDS])) {
         let mut at = part.start;

@@ -142,9 +142,13 @@ impl IdleBitmap {
                 continue;
             }
             // Words in which nothing is idle need no question.
-            let young = |run| part.change(run, Change::Clear);
-            let mut sink = Runs { range, present: |_| {}, young };
-            let _ = ask(mmu, reader, range, AgeMode::Test, &mut sink);
+            let mut at = range.start;
+            while let Some(run) = part.next_marked(GfnRange::new(at, range.end)) {
+                let young = |run| part.change(run, Change::Clear);
+                let mut sink = Runs { range: run, present: |_| {}, young };
+                let _ = ask(mmu, reader, run, AgeMode::Test, &mut sink);
+                at = run.end;
+            }
             let origin = part.range.start.get() / WORD;
             for (at, word) in (first.get() / WORD..).zip(words.iter_mut()) {
                 let index = at.checked_sub(origin).map(to_index);
@@ -171,6 +175,21 @@ enum Change {
 }
 
 impl Part {
+    /// The first pages of `range`, which is inside the part, whose words have a bit set: as many
+    /// words as follow each other. `None` when all words are 0.
+    fn next_marked(&self, range: GfnRange) -> Option<GfnRange> {
+        if range.is_empty() {
+            return None;
+        }
+        let origin = self.range.start.get() / WORD;
+        let (first, end) = (range.start.get() / WORD, range.end.get().div_ceil(WORD));
+        let words = self.words.get(to_index(first - origin)..to_index(end - origin))?;
+        let start = words.iter().position(|&word| word != 0)?;
+        let length = words.iter().skip(start).take_while(|&&word| word != 0).count();
+        let base = Gfn::new((first + to_u64(start)) * WORD);
+        Some(GfnRange::from_len(base, to_u64(length) * WORD).intersection(range))
+    }
+
     /// Set or clear the bits of the pages of `run` that are in the range.
     fn change(&mut self, run: GfnRange, change: Change) {
         let run = run.intersection(self.range);

@@ -11,10 +11,12 @@
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::traits::{AgeAbilities, AgeMode, AgeRange, AgeReport, AgeRequest};
 
+use crate::AgeError;
 use crate::editor::{AgeEditor, Promotion};
 use crate::evict::{Candidate, Recheck};
 use crate::observer::{Found, Observer, Taking};
 use crate::pass::PassCounts;
+use crate::runs::ask_all;
 
 /// Pages that a look-around takes in at most.
 #[doc(alias = "MIN_LRU_BATCH")]
@@ -22,9 +24,6 @@ pub const WINDOW_PAGES: u64 = 64;
 
 /// Entries in a cache line of 64 bytes: one used page in each line makes a table dense.
 const DENSITY: u64 = 8;
-
-/// Calls of the MMU for one range before what it said is taken for all: each must make progress.
-const MAX_CALLS: u32 = 64;
 
 /// Was a table of which `looked` entries were read and `young` found used worth the reading (row
 /// 5.27)? One used page for every line of entries read.
@@ -80,18 +79,46 @@ pub struct LookAround {
     pub counts: PassCounts,
 }
 
-/// How to check a candidate.
+/// How to check a candidate. The mode always clears: it is refused here rather than in each check,
+/// which has no way to fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LookOptions {
-    /// Clear, or clear and flush ([`AgeMode::Test`] would count one use again and again).
-    pub mode: AgeMode,
-    /// What a use earns.
-    pub promotion: Promotion,
+    mode: AgeMode,
+    promotion: Promotion,
 }
 
 impl LookOptions {
     /// Clear without a flush, second chance.
     pub const DEFAULT: Self = Self { mode: AgeMode::Clear, promotion: Promotion::SecondChance };
+
+    /// Clear, or clear and flush; second chance.
+    ///
+    /// # Errors
+    /// [`AgeError::TestOnly`] for [`AgeMode::Test`], which would count one use again and again.
+    pub const fn new(mode: AgeMode) -> Result<Self, AgeError> {
+        match mode {
+            AgeMode::Test => Err(AgeError::TestOnly),
+            AgeMode::Clear | AgeMode::ClearFlush => Ok(Self { mode, ..Self::DEFAULT }),
+        }
+    }
+
+    /// The same with another reward for a use.
+    #[must_use]
+    pub const fn with_promotion(self, promotion: Promotion) -> Self {
+        Self { promotion, ..self }
+    }
+
+    /// What happens to accessed bits; never [`AgeMode::Test`].
+    #[must_use]
+    pub const fn mode(self) -> AgeMode {
+        self.mode
+    }
+
+    /// What a use earns.
+    #[must_use]
+    pub const fn promotion(self) -> Promotion {
+        self.promotion
+    }
 }
 
 impl AgeEditor<'_> {
@@ -129,7 +156,8 @@ impl AgeEditor<'_> {
         LookAround { verdict, window, counts: found.counts }
     }
 
-    /// Ask about `range` and take the answers in.
+    /// Ask about `range`, a candidate or a window, and take the answers in. A call of the MMU that
+    /// makes no progress in it is the last, so the work is bounded by the range.
     fn take_in<M: AgeRange>(
         &self,
         range: GfnRange,
@@ -138,25 +166,15 @@ impl AgeEditor<'_> {
         options: LookOptions,
         found: &mut Found,
     ) -> AgeReport {
-        let mut total = AgeReport::empty(range.start);
-        let table = self.table();
-        let Some(region) = table.region_at(range.start) else { return total };
+        let Some(region) = self.table().region_at(range.start) else {
+            return AgeReport::empty(range.start);
+        };
         let how = Taking { promotion: options.promotion, next_filter: None };
-        for _ in 0..MAX_CALLS {
-            let rest = GfnRange::new(total.next, range.end);
-            if rest.is_empty() {
-                break;
-            }
-            let mut sink = Observer::new(self, region, rest, how, found);
-            let slice = mmu.age(reader, AgeRequest::new(rest, options.mode), &mut sink);
-            let stuck = slice.next <= rest.start;
-            sink.gap(slice.next.clamp(rest.start, rest.end));
-            found.add(&slice);
-            total = total.merge(slice);
-            if stuck {
-                break;
-            }
-        }
+        let mut sink = Observer::new(self, region, range, how, found);
+        let total = ask_all(mmu, reader, AgeRequest::new(range, options.mode), &mut sink);
+        // Of what lies behind, an MMU without progress said nothing.
+        sink.gap(total.next);
+        found.add(&total);
         total
     }
 }

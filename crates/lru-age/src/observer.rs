@@ -58,7 +58,7 @@ pub(crate) struct Taking {
     pub(crate) next_filter: Option<Seq>,
 }
 
-/// Takes in the answers of one slice.
+/// Takes in the answers about one range, in one call of the MMU or several.
 pub(crate) struct Observer<'a, 't> {
     editor: &'a AgeEditor<'t>,
     region: &'a Region,

@@ -22,6 +22,7 @@ use crate::observer::{Found, Observer, Taking};
 use crate::region::Region;
 use crate::summary;
 use crate::table::AgeTable;
+use crate::text::Switches;
 use crate::word::BLOCK_PAGES;
 
 /// What a pass does with an MMU that cannot answer fast
@@ -89,6 +90,34 @@ impl PassOptions {
         let full = matches!(self.scan, Scan::FullEvery(_)) && !self.scan.is_filtered(seq);
         let upper = if full { UpperBits::Ignore } else { self.upper };
         AgeRequest::new(range, self.mode).with_upper(upper)
+    }
+
+    /// The same as far as `switches` allow (row 5.37): without [`Switches::NONLEAF`] the accessed
+    /// bits of upper entries are ignored. `None` when no pass is to run: without
+    /// [`Switches::WALK`] no table is walked, without [`Switches::CORE`] there is no aging.
+    ///
+    /// With `CORE` and without `WALK` upstream still opens generations, which look-arounds fill: a
+    /// pass that is finished without a step does that.
+    ///
+    /// ```
+    /// use lru_age::{PassOptions, Switches};
+    /// use mmu_core::traits::{AgeMode, UpperBits};
+    ///
+    /// let mut options = PassOptions::new(AgeMode::Clear);
+    /// options.upper = UpperBits::Use;
+    /// assert_eq!(options.within(Switches::ALL), Some(options));
+    /// let leaves = options.within(Switches::CORE.union(Switches::WALK));
+    /// assert_eq!(leaves.map(|options| options.upper), Some(UpperBits::Ignore));
+    /// assert_eq!(options.within(Switches::NONE), None);
+    /// ```
+    #[must_use]
+    pub const fn within(self, switches: Switches) -> Option<Self> {
+        if !switches.contains(Switches::CORE.union(Switches::WALK)) {
+            return None;
+        }
+        let upper =
+            if switches.contains(Switches::NONLEAF) { self.upper } else { UpperBits::Ignore };
+        Some(Self { upper, ..self })
     }
 
     /// Second chance, everything looked at, slow MMUs left alone.

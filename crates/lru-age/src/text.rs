@@ -109,7 +109,8 @@ fn counts(refaults: Option<&Refaults>, kind: Kind, tier: u64) -> RefaultCounts {
 }
 
 /// The switches of `/sys/kernel/mm/lru_gen/enabled` (row 5.37): what the aging of a VM may use.
-/// What it can use is the MMU's to say ([`Participation`](crate::Participation)).
+/// What it can use is the MMU's to say ([`Participation`](crate::Participation)). They take effect
+/// through [`PassOptions::within`](crate::PassOptions::within).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Switches(u8);
 

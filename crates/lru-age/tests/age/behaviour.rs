@@ -349,6 +349,13 @@ fn one_pass_at_a_time() {
     mmu.map(0..1024);
     let test_only = AgePass::start(&table, AgeMode::Test).map(|_| ());
     assert_eq!(test_only, Err(AgeError::TestOnly));
+    // Nor can a candidate be checked without clearing.
+    assert_eq!(LookOptions::new(AgeMode::Test), Err(AgeError::TestOnly));
+    assert_eq!(LookOptions::new(AgeMode::Clear), Ok(LookOptions::DEFAULT));
+    let flushing = LookOptions::new(AgeMode::ClearFlush).unwrap();
+    let flushing = flushing.with_promotion(Promotion::Immediate);
+    assert_eq!(flushing.mode(), AgeMode::ClearFlush);
+    assert_eq!(flushing.promotion(), Promotion::Immediate);
     let mut first = AgePass::start(&table, AgeMode::Clear).unwrap();
     assert_eq!(AgePass::start(&table, AgeMode::Clear).map(|_| ()), Err(AgeError::Busy));
     assert_eq!(table.edit().map(|_| ()), Err(AgeError::Busy));

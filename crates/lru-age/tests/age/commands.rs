@@ -7,7 +7,7 @@ use lru_age::{
     run_eviction, write_lru_gen, write_lru_gen_full,
 };
 use mmu_core::addr::{Gfn, Level, to_u64};
-use mmu_core::traits::AgeMode;
+use mmu_core::traits::{AgeMode, UpperBits};
 
 use crate::fake::{BLOCK, FakeMmu, pass, pass_with, range, table_over};
 
@@ -259,6 +259,27 @@ fn switches_are_read_and_printed_as_the_kernel_does() {
     assert_eq!(Switches::ALL.to_string(), "0x0007");
     assert!(Switches::ALL.contains(Switches::NONLEAF));
     assert!(!Switches::CORE.contains(Switches::WALK));
+}
+
+/// Row 5.37.
+#[test]
+fn switches_limit_what_a_pass_may_use() {
+    let asks = |upper| PassOptions { upper, ..PassOptions::new(AgeMode::ClearFlush) };
+    let (ignores, uses) = (asks(UpperBits::Ignore), asks(UpperBits::Use));
+    for (bits, runs, may_use) in [
+        ("0", false, false),
+        ("1", false, false),
+        ("2", false, false),
+        ("3", true, false),
+        ("5", false, false),
+        ("6", false, false),
+        ("7", true, true),
+    ] {
+        let switches = Switches::parse(bits).unwrap();
+        let left = if may_use { uses } else { ignores };
+        assert_eq!(uses.within(switches), runs.then_some(left), "{bits}");
+        assert_eq!(ignores.within(switches), runs.then_some(ignores), "{bits}: none is added");
+    }
 }
 
 #[test]

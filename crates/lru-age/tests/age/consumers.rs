@@ -1,5 +1,6 @@
 //! Other consumers of accessed bits (KVM rows 5.39, 5.40): the idle bitmap and the region sampler.
 
+use core::sync::atomic::Ordering;
 use std::collections::BTreeSet;
 
 use lru_age::{AgeError, Heard, IdleBitmap, RegionSampler, SampledRegion, SamplerLimits, Unheard};
@@ -99,6 +100,42 @@ fn reading_leaves_accessed_bits_alone_and_marking_tells_what_it_cleared() {
     assert_eq!(refused, Err(AgeError::Unaligned { gfn: Gfn::new(8) }));
     let refused = bitmap.mark(Gfn::new(63), &[1], &mmu, &mut (), &mut Unheard);
     assert_eq!(refused, Err(AgeError::Unaligned { gfn: Gfn::new(63) }));
+}
+
+/// Reading costs what is marked, not what is read.
+#[test]
+fn words_in_which_nothing_is_idle_are_not_asked_about() {
+    let mmu = FakeMmu::new(16);
+    mmu.map(0..16 * BLOCK);
+    mmu.map_huge(4 * BLOCK, Level::L2);
+    let parts = [range(10..9 * BLOCK), range(9 * BLOCK + 3..16 * BLOCK)];
+    let mut bitmap = IdleBitmap::new(parts).unwrap();
+    let mut words = vec![0; 16 * 8];
+    let mut cost = |bitmap: &mut IdleBitmap| {
+        let count = || [&mmu.calls, &mmu.entries].map(|n| n.load(Ordering::Relaxed));
+        let before = count();
+        bitmap.read(Gfn::new(0), &mut words, &mmu, &mut ()).unwrap();
+        let [calls, entries] = count();
+        let seen: u64 = words.iter().map(|word| u64::from(word.count_ones())).sum();
+        (seen, calls - before[0], entries - before[1])
+    };
+    assert_eq!(cost(&mut bitmap), (0, 0, 0), "nothing is marked");
+    let mark = |bitmap: &mut IdleBitmap, first, words: &[u64]| {
+        bitmap.mark(Gfn::new(first), words, &mmu, &mut (), &mut Unheard).unwrap();
+    };
+    // The end of one table and the start of the next are one run.
+    mark(&mut bitmap, 2 * BLOCK - 64, &[1 << 63, 1]);
+    assert_eq!(cost(&mut bitmap), (2, 1, 2 * BLOCK));
+    // A huge leaf is one entry; the first word of a part begins inside it.
+    mark(&mut bitmap, 4 * BLOCK + 64, &[0b110]);
+    mark(&mut bitmap, 9 * BLOCK, &[u64::MAX]);
+    assert_eq!(cost(&mut bitmap), (4 + 61, 3, 3 * BLOCK + 1));
+    // What was used is asked about once more at most.
+    mmu.touch(2 * BLOCK - 1);
+    mmu.touch(2 * BLOCK);
+    mmu.touch(4 * BLOCK + 500);
+    assert_eq!(cost(&mut bitmap), (61, 3, 3 * BLOCK + 1));
+    assert_eq!(cost(&mut bitmap), (61, 1, BLOCK));
 }
 
 #[test]

@@ -22,6 +22,10 @@ pub(crate) struct FakeMmu {
     pub(crate) slow: bool,
     /// Calls of `age`.
     pub(crate) calls: AtomicU64,
+    /// Entries that these read.
+    pub(crate) entries: AtomicU64,
+    /// Largest number of entries of a call, 0 for no limit: at least one table or leaf is done.
+    pub(crate) slice: u64,
     /// Flushes asked for.
     pub(crate) flushes: AtomicU64,
 }
@@ -150,6 +154,8 @@ impl AgeRange for FakeMmu {
 
     fn age<S: AgeSink>(&self, _: &mut (), request: AgeRequest, sink: &mut S) -> AgeReport {
         self.calls.fetch_add(1, Ordering::Relaxed);
+        let slice = if self.slice == 0 { u64::MAX } else { self.slice };
+        let request = request.with_budget(request.budget.min(slice));
         let mut report = AgeReport::empty(request.range.start);
         let end = request.range.end.min(Gfn::new(self.pages()));
         while report.next < end && (report.entries < request.budget || report.entries == 0) {
@@ -178,6 +184,7 @@ impl AgeRange for FakeMmu {
         if report.next >= end {
             report.next = request.range.end;
         }
+        self.entries.fetch_add(report.entries, Ordering::Relaxed);
         report
     }
 

@@ -3,8 +3,8 @@
 use core::num::NonZeroU64;
 
 use lru_age::{
-    AgeTable, EvictOptions, LookOptions, Participation, PassOptions, PassReport, Plain, Promotion,
-    Recheck, Scan, SlowMmu, Take, WINDOW_PAGES, WorkingSet, candidates,
+    AgeTable, Candidate, EvictOptions, LookOptions, Participation, PassOptions, PassReport, Plain,
+    Promotion, Recheck, Scan, SlowMmu, Take, WINDOW_PAGES, WorkingSet, candidates,
 };
 use mmu_core::addr::{Gfn, GfnRange, Level};
 use mmu_core::traits::AgeMode;
@@ -225,10 +225,40 @@ fn the_first_use_seen_by_a_look_around_is_a_second_chance_too() {
     for (promotion, promoted) in [(Promotion::SecondChance, 0), (Promotion::Immediate, 1)] {
         let victim = candidates(&table).next().unwrap();
         mmu.touch(victim.range.start.get());
-        let options = LookOptions { promotion, ..LookOptions::DEFAULT };
+        let options = LookOptions::DEFAULT.with_promotion(promotion);
         let look = table.edit().unwrap().look_around(&victim, &mmu, &mut (), options);
         assert_eq!((look.verdict, look.counts.promoted), (Recheck::Young, promoted));
     }
+}
+
+/// An MMU may answer in as many slices as it likes: the answer is that of the whole candidate.
+#[test]
+fn a_candidate_is_checked_to_its_end_in_however_many_slices() {
+    let mut mmu = FakeMmu::new(512);
+    let table = table_over(&mmu);
+    mmu.map_huge(0, Level::L3);
+    for _ in 0..4 {
+        let _ = pass(&table, &mmu);
+    }
+    // All of the leaf, where candidates are blocks of it.
+    let block = candidates(&table).next().unwrap();
+    let victim = Candidate { range: range(0..512 * BLOCK), pages: 512 * BLOCK, ..block };
+    // Split meanwhile, and partly unmapped; only its last page is used.
+    (0..512).for_each(|block| mmu.map_huge(block * BLOCK, Level::L2));
+    mmu.unmap(300 * BLOCK..302 * BLOCK);
+    mmu.split(511 * BLOCK);
+    mmu.touch(512 * BLOCK - 1);
+    mmu.slice = 1;
+    let calls = mmu.calls.load(core::sync::atomic::Ordering::Relaxed);
+    let mut editor = table.edit().unwrap();
+    let look = editor.look_around(&victim, &mmu, &mut (), LookOptions::DEFAULT);
+    drop(editor);
+    assert_eq!(mmu.calls.load(core::sync::atomic::Ordering::Relaxed) - calls, 512);
+    assert_eq!(look.verdict, Recheck::Young);
+    assert_eq!((look.counts.young, look.counts.unmapped_now), (1, 2 * BLOCK));
+    assert_eq!(table.tracked_pages(), 510 * BLOCK);
+    assert!(!mmu.leaf(512 * BLOCK - 1).unwrap().young, "it was cleared");
+    table.check().unwrap();
 }
 
 #[test]

@@ -131,6 +131,29 @@ fn vms_may_leave_and_come_at_any_moment() {
     }
 }
 
+/// A place is given out again, a name is not.
+#[test]
+fn names_of_removed_vms_name_nobody() {
+    let mut fleet = Fleet::new(1, 1).unwrap();
+    let old = fleet.add(7, 10).unwrap();
+    let late = fleet.turn().unwrap();
+    fleet.remove(old);
+    fleet.remove(old);
+    // The embedder may use a key again too.
+    let new = fleet.add(7, 10).unwrap();
+    assert_ne!(old, new);
+    fleet.remove(old);
+    assert_eq!(fleet.len(), 1, "the stale name removed nobody");
+    let turn = fleet.turn().unwrap();
+    assert_eq!(turn.vm, new);
+    fleet.done(late, 0, Outcome::Finished);
+    assert!(fleet.turn().is_none(), "the stale turn gave nothing back");
+    fleet.done(turn, 10, Outcome::Finished);
+    assert_eq!(fleet.turn().map(|turn| turn.vm), Some(new));
+    fleet.remove(new);
+    assert!(fleet.is_empty() && fleet.turn().is_none());
+}
+
 /// One thread ages many VMs of different sizes in slices: all of them advance together.
 #[test]
 fn one_thread_ages_many_vms_evenly() {

@@ -3,7 +3,9 @@
 
 use std::collections::BTreeSet;
 
-use lru_age::{AgePass, Heard, PassOptions, SampledWorkingSet, Scan, Unheard, WorkingSet};
+use lru_age::{
+    AgeError, AgePass, Heard, PassOptions, SampledWorkingSet, Scan, Unheard, WorkingSet,
+};
 use mmu_core::addr::{GfnRange, Level, to_u64};
 use mmu_core::traits::AgeMode;
 
@@ -207,7 +209,7 @@ fn samples_are_as_good_as_they_say() {
                 [32, 128].map(|count| SampledWorkingSet::new(&table, count, rng.next()).unwrap());
             (0..100).for_each(|gfn| mmu.touch(gfn * 999));
             let mut told = Told::default();
-            samples.iter().for_each(|s| s.clear(&mmu, &mut (), AgeMode::Clear, &mut told));
+            samples.iter().for_each(|s| s.clear(&mmu, &mut (), AgeMode::Clear, &mut told).unwrap());
             // The rest of the VM's old bits, which no sample looks at, must not matter.
             assert!(told.0 > 0, "clearing told what it found");
             let mut used = BTreeSet::new();
@@ -251,12 +253,17 @@ fn a_sample_of_everything_is_exact_and_costs_what_it_looks_at() {
     let _ = pass(&table, &mmu);
     (0..9).for_each(|gfn| mmu.touch(gfn * 20));
     let mut editor = table.edit().unwrap();
-    all.clear(&mmu, &mut (), AgeMode::Clear, &mut editor);
+    all.clear(&mmu, &mut (), AgeMode::Clear, &mut editor).unwrap();
     drop(editor);
     assert_eq!(all.measure(&mmu, &mut ()).pages, 0);
     let max = table.window().max_seq();
     assert_eq!(table.pages_in(max), 9, "their second use promoted them");
-    all.clear(&mmu, &mut (), AgeMode::ClearFlush, &mut Unheard);
+    all.clear(&mmu, &mut (), AgeMode::ClearFlush, &mut Unheard).unwrap();
+    // What clears nothing begins no interval.
+    mmu.touch(0);
+    let refused = all.clear(&mmu, &mut (), AgeMode::Test, &mut Unheard);
+    assert_eq!(refused, Err(AgeError::TestOnly));
+    assert_eq!(all.measure(&mmu, &mut ()).pages, 1);
     let one = SampledWorkingSet::new(&table, 1, 1).unwrap();
     assert_eq!(one.blocks().count(), 1);
 }
