@@ -564,6 +564,53 @@ fn links_between_documents_resolve() {
     none(&wrong);
 }
 
+/// The files and folders that the table of docs/ARCHITECTURE.md names, by crate.
+fn architecture() -> BTreeMap<String, BTreeSet<String>> {
+    let text = fs::read_to_string(root().join("docs/ARCHITECTURE.md")).unwrap();
+    let mut named: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut of = String::new();
+    for line in text.lines().skip_while(|line| *line != "| crate | file | owns |").skip(2) {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [name, files, _] = cells[..] else { break };
+        if !name.is_empty() {
+            of = name.trim_matches('`').to_owned();
+        }
+        let files = files.split('`').skip(1).step_by(2).map(|file| file.trim_end_matches('/'));
+        named.entry(of.clone()).or_default().extend(files.map(str::to_owned));
+    }
+    named
+}
+
+/// Each file of a crate, and each folder of modules, has a place in the table of the architecture,
+/// and nothing else has.
+#[test]
+fn the_architecture_names_every_file_of_the_crates() {
+    let mut held: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for source in crate_sources() {
+        let mut parts = source.path.split('/').skip(1);
+        let (Some(of), Some("src"), Some(first)) = (parts.next(), parts.next(), parts.next())
+        else {
+            continue;
+        };
+        let stem = first.trim_end_matches(".rs");
+        if stem != "lib" {
+            held.entry(of.to_owned()).or_default().insert(stem.to_owned());
+        }
+    }
+    let (named, none_of) = (architecture(), BTreeSet::new());
+    let mut wrong = Vec::new();
+    for of in held.keys().chain(named.keys()).collect::<BTreeSet<_>>() {
+        let (held, named) = (held.get(of).unwrap_or(&none_of), named.get(of).unwrap_or(&none_of));
+        for stem in held.difference(named) {
+            wrong.push(format!("docs/ARCHITECTURE.md: crates/{of}/src: add `{stem}` to the table"));
+        }
+        for stem in named.difference(held) {
+            wrong.push(format!("docs/ARCHITECTURE.md: crates/{of}/src has no `{stem}`"));
+        }
+    }
+    none(&wrong);
+}
+
 #[test]
 fn ignored_tests_are_explained_and_listed() {
     let list = fs::read_to_string(root().join("docs/TESTING.md")).unwrap();
