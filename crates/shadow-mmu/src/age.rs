@@ -43,6 +43,12 @@ impl Seen {
         self.young |= other.young;
         self.unknown |= other.unknown;
     }
+
+    /// Is nothing known? Young is an answer, whatever could not be read beside; and who is not, had
+    /// nothing done to it.
+    const fn is_unknown(self) -> bool {
+        self.unknown && !self.young
+    }
 }
 
 impl<F: SpteFormat, H: Host> AgeRange for ShadowMmu<F, H> {
@@ -60,10 +66,7 @@ impl<F: SpteFormat, H: Host> AgeRange for ShadowMmu<F, H> {
         sink: &mut S,
     ) -> AgeReport {
         let flushes = request.mode == AgeMode::ClearFlush && request.effort == Effort::Full;
-        let clears = request.mode != AgeMode::Test && !flushes;
-        if clears {
-            self.unflushed().note();
-        }
+        let noted = (request.mode != AgeMode::Test).then(|| self.unflushed().begin());
         let mut pass = Pass {
             mmu: self,
             request,
@@ -75,48 +78,102 @@ impl<F: SpteFormat, H: Host> AgeRange for ShadowMmu<F, H> {
         };
         pass.run(reader, sink);
         let Pass { report, mut debt, .. } = pass;
-        if clears {
-            // Once more: a flush beside this call may have forgotten the first note.
-            self.unflushed().note();
-        }
-        // What was aged without a flush before may still hide accesses in TLBs.
-        if flushes && self.unflushed().take() {
+        let due = if flushes { self.unflushed().due(noted) } else { None };
+        if let Some(due) = due
+            && due.of_others
+        {
+            // What was aged without a flush before may still hide accesses in TLBs.
             debt.owe(GfnRange::ALL);
         }
         reader.pay(debt, FlushScope::Ranges);
+        if let Some(due) = due {
+            self.unflushed().flushed(due);
+        }
+        if noted.is_some() {
+            self.unflushed().end();
+        }
         report
     }
 
     fn flush_aged(&self, reader: &mut Actor<H>, range: GfnRange) {
-        if !range.is_empty() && self.unflushed().take() {
+        if !range.is_empty()
+            && let Some(due) = self.unflushed().due(None)
+        {
             let mut debt = FlushDebt::new();
             // Which linear addresses lead to the range nobody knows.
             debt.owe(GfnRange::ALL);
             reader.stats().inc(Counter::FlushOwed);
             reader.pay(debt, FlushScope::Ranges);
+            self.unflushed().flushed(due);
         }
     }
 }
 
-/// Whether something was aged since the last flush.
+/// Whether something was aged and not flushed since. Calls that clear are counted; a flush pays for
+/// those begun before it was asked for, if all of them were over then.
 #[derive(Debug)]
-pub(crate) struct Unflushed(AtomicU64);
+pub(crate) struct Unflushed {
+    /// Calls begun that clear.
+    begun: AtomicU64,
+    /// Of these, those that are not over.
+    clearing: AtomicU64,
+    /// So many of the calls begun are paid for.
+    flushed: AtomicU64,
+}
+
+/// What a flush is to pay for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Due {
+    /// Calls begun.
+    begun: u64,
+    /// Was any of them another's, and not paid for?
+    of_others: bool,
+    /// Were all of them over, but for the caller's own?
+    quiet: bool,
+}
 
 impl Unflushed {
     pub(crate) fn new() -> Self {
-        Self(AtomicU64::new(0))
+        let none = || AtomicU64::new(0);
+        Self { begun: none(), clearing: none(), flushed: none() }
     }
 
-    fn note(&self) {
-        // ORDERING[shadow-aged]: Release. What was cleared before comes before; pairs with `take`.
-        self.0.store(1, Ordering::Release);
+    /// A call will clear; its number, from 1 on.
+    fn begin(&self) -> u64 {
+        // ORDERING[shadow-aged]: Relaxed. Comes before the count below, which releases it.
+        self.clearing.fetch_add(1, Ordering::Relaxed);
+        // ORDERING[shadow-aged]: Release. Before anything is cleared, whose compare-exchange
+        // releases this; who counts this call (Acquire in `due`) counts it as not over, too.
+        self.begun.fetch_add(1, Ordering::Release) + 1
     }
 
-    /// Was anything noted? It is forgotten.
-    fn take(&self) -> bool {
-        // ORDERING[shadow-aged]: AcqRel. Pairs with `note`: what it tells of was cleared before the
-        // flush that follows is requested.
-        self.0.swap(0, Ordering::AcqRel) != 0
+    /// It is over.
+    fn end(&self) {
+        // ORDERING[shadow-aged]: Release. What it cleared comes before; pairs with `due`.
+        self.clearing.fetch_sub(1, Ordering::Release);
+    }
+
+    /// What is to be flushed; `own`: the number of a call that flushes what it cleared itself.
+    fn due(&self, own: Option<u64>) -> Option<Due> {
+        // ORDERING[shadow-aged]: Acquire. Pairs with `begin`.
+        let begun = self.begun.load(Ordering::Acquire);
+        // ORDERING[shadow-aged]: Acquire. Pairs with `end`: what calls that are over cleared comes
+        // before the flush.
+        let clearing = self.clearing.load(Ordering::Acquire);
+        // ORDERING[shadow-aged]: Acquire. Pairs with `flushed`.
+        let flushed = self.flushed.load(Ordering::Acquire);
+        let before = own.map_or(begun, |own| own - 1);
+        let of_others = flushed < before || own.is_some_and(|own| own != begun);
+        let quiet = clearing == u64::from(own.is_some());
+        (of_others || own.is_some()).then_some(Due { begun, of_others, quiet })
+    }
+
+    /// The flush is complete.
+    fn flushed(&self, due: Due) {
+        if due.quiet {
+            // ORDERING[shadow-aged]: Release. After the flush; pairs with `due`.
+            self.flushed.fetch_max(due.begun, Ordering::Release);
+        }
     }
 }
 
@@ -185,6 +242,9 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
         let base = block.start.align_down(Level::L2);
         let mut whole = self.look(section, shard, Level::L2, base);
         whole.merge(self.look_huge(section, shard, base.align_down(Level::L3)));
+        if whole.is_unknown() {
+            return self.unknown(block, sink);
+        }
         let (mut present, mut young) = ([0; MASK_WORDS], [0; MASK_WORDS]);
         let mut unknown = [0; MASK_WORDS];
         let mut gfn = block.start;
@@ -194,7 +254,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             for (mask, on) in [
                 (&mut present, seen.mapped),
                 (&mut young, seen.young),
-                (&mut unknown, seen.unknown),
+                (&mut unknown, seen.is_unknown()),
             ] {
                 if let Some(word) = mask.get_mut(index / WORD) {
                     *word |= u64::from(on) << (index % WORD);
@@ -203,9 +263,6 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             gfn = gfn.saturating_add(1);
         }
         let none = |mask: &[u64; MASK_WORDS]| mask.iter().all(|word| *word == 0);
-        if whole.unknown {
-            return self.unknown(block, sink);
-        }
         if none(&present) && none(&unknown) {
             if whole.mapped {
                 self.report.mapped += block.len();
@@ -219,6 +276,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             fill(&mut present, block);
             if whole.young {
                 fill(&mut young, block);
+                unknown = [0; MASK_WORDS];
             }
         }
         self.report.mapped += ones(&present);
@@ -242,7 +300,9 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             return seen;
         }
         let seen = self.look(section, shard, Level::L3, start);
-        self.huge = Some((start, seen));
+        if !seen.unknown {
+            self.huge = Some((start, seen));
+        }
         seen
     }
 
@@ -269,6 +329,12 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
                 },
             };
             let Some(list) = list else { continue };
+            let after = self.report.entries.saturating_add(u64::from(list.len()));
+            if self.request.effort == Effort::Fast && after > self.request.budget {
+                // No more is read.
+                seen.unknown = true;
+                continue;
+            }
             for spte in list.entries() {
                 self.report.entries += 1;
                 let Some(cell) = self.cells.get(section, spte) else { continue };

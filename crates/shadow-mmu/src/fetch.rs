@@ -24,7 +24,7 @@ use crate::guest::{
 };
 use crate::page::{NewPage, ShadowPage, Shadowed};
 use crate::resolve::{Accessed, Target, needed, nested_needs};
-use crate::rmap::{MAX_ALIASES, RmapKey};
+use crate::rmap::{MAX_ALIASES, RmapKey, SPACES};
 use crate::role::{ChildShape, PageRole, RoleFlags};
 use crate::spte_ref::{PageId, SpteRef};
 use crate::sync::Synced;
@@ -281,6 +281,9 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         if !self.debt.is_empty() {
             return Err(Attempt::Again);
         }
+        if self.unlink_excess(child) {
+            return Err(Attempt::Again);
+        }
         self.note_shadowed(place, path, level);
         self.link(place, child);
         Ok(child)
@@ -342,8 +345,8 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     /// A table got a shadow: no huge page over it, and nobody writes to it unseen (KVM row 4.26).
     fn account(&mut self, space: u16, gfn: Gfn) {
         self.writer.blocks.count(space, gfn, crate::blocks::Change::More);
-        self.zap_huge_over(space, gfn);
-        self.write_protect(space, gfn);
+        self.zap_huge_over(gfn);
+        self.write_protect_everywhere(gfn);
     }
 
     /// Note what guest entry the entry stands for; a link is dropped by it, too.
@@ -455,7 +458,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         let config = self.config();
         let kind = config.change_kind(now, leaf, level);
         if kind.is_ok_and(|kind| !kind.needs_flush() && !kind.owes_log_flush()) {
-            let _ = self.update(cell, level, |_| leaf);
+            // Somebody may have aged it meanwhile: it is used now. What was written stays so.
+            let _ = self.update(cell, level, |old| config.keep_writes(old, leaf));
             // What is compared when the page is synchronised is what the entry permits now.
             if let Some(page) = self.writer.pages.get_mut(place.page()) {
                 let gfn = target.path.gfn.align_down(level);
@@ -506,11 +510,13 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         })
     }
 
-    /// Take huge leaves over a table out: what they map comes back small.
-    fn zap_huge_over(&mut self, space: u16, gfn: Gfn) {
+    /// Take huge leaves over a table out, in every address space: what they map comes back small.
+    fn zap_huge_over(&mut self, gfn: Gfn) {
         let mut gone = ShadowZap::default();
-        for level in [Level::L2, Level::L3] {
-            self.zap_list(RmapKey { space, level, gfn }, &mut gone);
+        for space in (0..).take(SPACES) {
+            for level in [Level::L2, Level::L3] {
+                self.zap_list(RmapKey { space, level, gfn }, &mut gone);
+            }
         }
     }
 }

@@ -7,8 +7,9 @@
 //!
 //! The accessed-bit policy gives a second chance (row 4.49): the CPU sets A in the link to a table
 //! that it walks through, so a page none of whose links has A set, and that no fault used since
-//! reclaim last came by, is cold. A round looks at a quarter of the pages at most; pages at level
-//! 1, which are the most and the cheapest to make again, go first, roots never.
+//! reclaim last came by, is cold. A round looks at a quarter of the pages at most, and at a
+//! thousand; pages at level 1, which are the most and the cheapest to make again, go first, roots
+//! never.
 
 use mmu_core::addr::Level;
 use mmu_core::spte::{Spte, SpteFormat};
@@ -25,6 +26,9 @@ const REFILL: u32 = 25;
 
 /// Looks that a page outlives unused, if it was in use at as many before.
 const MAX_CREDIT: u8 = 3;
+/// Pages that go in one section, and pages that are looked at, so that others have a turn.
+const SLICE: u32 = 16;
+const LOOKS: u32 = 1024;
 /// Rounds of a quarter of the pages each without a cold one, after which age alone decides.
 const DRY_ROUNDS: u32 = 4;
 
@@ -69,7 +73,7 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
     fn reclaim(&mut self, actor: &mut Actor<H>, wanted: u32) -> u32 {
         let (mut gone, mut dry) = (0, 0);
         while gone < wanted {
-            let want = wanted - gone;
+            let want = (wanted - gone).min(SLICE);
             let by_use = self.policy == ReclaimPolicy::Accessed && dry < DRY_ROUNDS;
             let round = self.work(actor, |work| {
                 if by_use { work.zap_coldest(want) } else { work.zap_oldest(want) }
@@ -109,7 +113,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     fn zap_coldest(&mut self, wanted: u32) -> u32 {
         let before = self.writer.pages.live();
         // A quarter, but at least what is wanted: with a small quota progress comes first.
-        let mut looks = (before / 4).max(wanted);
+        let mut looks = (before / 4).min(LOOKS).max(wanted);
         for lowest in [true, false] {
             let mut at = self.writer.pages.oldest();
             let last = self.writer.pages.newest();

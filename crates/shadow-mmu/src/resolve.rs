@@ -6,10 +6,12 @@
 
 use mmu_core::access::Access;
 use mmu_core::addr::{Gfn, GfnRange, Gva, Level};
+use mmu_core::dirty::DirtyRing;
 use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome};
 use mmu_core::notify::Snapshot;
 use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::SpteFormat;
+use mmu_core::trace::Event;
 use mmu_core::traits::{Host, HostPage, ResolveError};
 
 use crate::guest::{NestedRequest, Operation, Privilege, Purpose, Request, WalkPath};
@@ -81,6 +83,11 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if slot.is_read_only() && write {
             let read_only = EmulateReason::ReadOnly { gfn, slot: slot.id };
             return Ok(Err(FaultOutcome::Emulate(read_only)));
+        }
+        if write && slot.logs_dirty() && self.actor.ring().is_some_and(DirtyRing::is_full) {
+            // Before anything permits the write that could not be told.
+            self.actor.vm().trace(|| Event::RingFull { gfn });
+            return Ok(Err(FaultOutcome::RingFull));
         }
         let wanted = if write { Access::WRITE } else { Access::READ };
         let host = self.actor.vm().host();

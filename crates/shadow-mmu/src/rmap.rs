@@ -255,6 +255,13 @@ pub struct RmapGuard<'a> {
 }
 
 impl RmapGuard<'_> {
+    /// How many entries are on the list.
+    #[must_use]
+    #[expect(clippy::len_without_is_empty, reason = "it is never empty")]
+    pub fn len(&self) -> u32 {
+        self.chain.len()
+    }
+
     /// The entries on the list, in no order.
     #[must_use]
     pub fn entries(&self) -> Entries<'_> {

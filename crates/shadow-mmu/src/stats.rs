@@ -22,4 +22,8 @@ pub struct ShadowStats {
     pub floods: u64,
     /// Entries given up because one frame was mapped too often (KVM row 4.44).
     pub rmap_recycled: u64,
+    /// Links given up because one page was linked too often.
+    pub links_recycled: u64,
+    /// Steps of the searches for pages out of sync.
+    pub sync_steps: u64,
 }

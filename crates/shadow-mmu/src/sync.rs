@@ -10,7 +10,7 @@ use arrayvec::ArrayVec;
 
 use mmu_core::access::Access;
 use mmu_core::addr::{Gfn, Gpa, Level, to_u64};
-use mmu_core::spte::{LeafSpec, SpteFormat};
+use mmu_core::spte::{LeafSpec, Spte, SpteFormat};
 use mmu_core::sync::ENTRIES;
 use mmu_core::traits::Host;
 
@@ -23,6 +23,9 @@ use crate::writer::Work;
 
 /// Pages that are protected, flushed and synchronised together (KVM row 4.33).
 const BATCH: usize = 16;
+/// Steps of the search for a batch, once it has found one: tables that are linked many times are
+/// met by many ways. Marks are exact, so the first page is found straight away.
+const STEPS: u64 = 1024;
 
 /// How far a synchronisation came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,8 +76,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         }
         for id in &batch {
             let Some(page) = self.writer.pages.get(*id) else { continue };
-            let (space, gfn) = (page.role.space(), page.gfn);
-            self.write_protect(space, gfn);
+            self.write_protect_everywhere(page.gfn);
         }
         if self.debt.is_empty() {
             for id in &batch {
@@ -84,25 +86,31 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         Synced::More
     }
 
-    /// The first pages at and below `top` that are out of sync.
-    fn unsync_below(&self, top: PageId) -> ArrayVec<PageId, BATCH> {
+    /// The first pages at and below `top` that are out of sync: some, if there are any.
+    fn unsync_below(&mut self, top: PageId) -> ArrayVec<PageId, BATCH> {
         let mut found = ArrayVec::new();
+        let mut steps = 0;
         let mut stack: ArrayVec<(PageId, usize), { Level::ALL.len() }> = ArrayVec::new();
         stack.push((top, 0));
         while let Some((id, from)) = stack.pop() {
+            steps += 1;
+            if steps > STEPS && !found.is_empty() {
+                break;
+            }
             let Some(page) = self.writer.pages.get(id) else { continue };
             if page.unsync && (found.contains(&id) || found.try_push(id).is_err()) {
                 continue;
             }
             let Some(index) = page.unsync_children.next(from) else { continue };
             if found.is_full() {
-                return found;
+                break;
             }
             let _ = stack.try_push((id, index + 1));
             if let Some(child) = self.child_at(SpteRef::new(id, index)) {
                 let _ = stack.try_push((child, 0));
             }
         }
+        self.writer.stats.sync_steps += steps;
         found
     }
 
@@ -158,29 +166,35 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     }
 
     /// The guest's entry permits something else now: so does ours, for the same host page (KVM row
-    /// 4.34). No W for tables that have a shadow: that is for a fault to decide.
+    /// 4.34). No W for tables that have a shadow: that is for a fault to decide. An entry that
+    /// would permit nothing goes.
     fn change_access(&mut self, spte: SpteRef, access: Access, old: Shadowed) {
         let Some(cell) = self.cell(spte) else { return self.broken() };
-        let now = cell.load();
         let config = self.config();
         let free = self.writer.pages.of_gfn(old.gfn()).all(|(_, page)| !page.shadows_a_table());
-        let host_writable = config.is_host_writable(now);
-        let leaf = config.leaf(&LeafSpec {
-            access,
-            host_writable,
-            mmu_writable: free && config.is_mmu_writable(now),
-            map_writable: config.is_writable(now),
-            accessed: config.is_accessed(now),
-            ..LeafSpec::new(config.pfn(now), Level::L1)
-        });
+        // What the CPU notes and what an ager takes meanwhile is in `now`, each time.
+        let leaf = |now: Spte| {
+            let leaf = config.leaf(&LeafSpec {
+                access,
+                host_writable: config.is_host_writable(now),
+                mmu_writable: free && config.is_mmu_writable(now),
+                map_writable: config.is_writable(now),
+                accessed: config.is_accessed(now),
+                ..LeafSpec::new(config.pfn(now), Level::L1)
+            });
+            config.keep_writes(now, leaf)
+        };
+        if !config.is_hw_present(config.untrack(leaf(cell.load()))) {
+            let _ = self.drop_entry(spte);
+            return;
+        }
         let owes = |old, new| {
             config
                 .change_kind(old, new, Level::L1)
                 .is_ok_and(|kind| kind.needs_flush() || kind.owes_log_flush())
         };
-        // Ours for the moment: nobody else makes an entry permit more.
-        let replaced = self.update(cell, Level::L1, |_| leaf);
-        if replaced.is_some_and(|old| owes(old, leaf)) {
+        let replaced = self.update(cell, Level::L1, leaf);
+        if replaced.is_some_and(|old| owes(old, leaf(old))) {
             self.owe(old.gfn(), 1);
         }
         if let Some(page) = self.writer.pages.get_mut(spte.page()) {

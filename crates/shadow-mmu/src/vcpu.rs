@@ -29,8 +29,11 @@ use crate::writer::{ShadowWriter, Work, WriterLock};
 
 /// Roots that a vCPU keeps beside the one it runs on (KVM row 4.36).
 pub const FORMER_ROOTS: usize = 3;
-/// Rounds of a synchronisation; each but the last made a page follow its table.
-const MAX_ROUNDS: u32 = 1 << 20;
+/// Rounds of a synchronisation before others have a turn with the writer; each but the last made a
+/// page follow its table, or protected one.
+const ROUNDS: u32 = 16;
+/// Turns of a synchronisation.
+const MAX_TURNS: u32 = 1 << 16;
 
 /// A vCPU. See the file's head.
 pub struct ShadowVcpu<F: SpteFormat, H: Host> {
@@ -146,7 +149,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     {
         let key = RootKey::of(guest, root, role, self.mmu.config().levels())?;
         self.actor.top_up(1)?;
-        lock.with(|writer| {
+        let (root, mut synced, address) = lock.with(|writer| {
             writer.make_room(&mut self.actor, 1);
             writer.reserve_pages(1, role.space(), core::iter::once(key.gfn))?;
             let page = self.find_root(writer, key)?;
@@ -155,10 +158,17 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
                 self.switch_to(writer, Held { page, key });
             }
             self.role = key.role;
-            self.sync_root(writer, guest, mem, page);
-            let page = writer.pages.get(page).ok_or(FaultError::NoRoot)?;
-            Ok(page.frame.address())
-        })
+            let address = writer.pages.get(page).ok_or(FaultError::NoRoot)?.frame.address();
+            Ok::<_, ShadowError>((page, self.sync_root(writer, guest, mem, page), address))
+        })?;
+        // Held, it stays where it is.
+        for _ in 0..MAX_TURNS {
+            if synced {
+                break;
+            }
+            synced = lock.with(|writer| self.sync_root(writer, guest, mem, root));
+        }
+        Ok(address)
     }
 
     /// The current root.
@@ -206,19 +216,16 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         self.former.push(former);
     }
 
+    /// Some rounds; is all in sync?
     fn sync_root<M: GuestMem + ?Sized>(
         &mut self,
         writer: &mut ShadowWriter<F, H>,
         guest: EntryFormat<'_>,
         mem: &M,
         root: PageId,
-    ) {
-        for _ in 0..MAX_ROUNDS {
-            if writer.work(&mut self.actor, |work| work.sync_tree(guest, mem, root)) == Synced::All
-            {
-                return;
-            }
-        }
+    ) -> bool {
+        let mut round = || writer.work(&mut self.actor, |work| work.sync_tree(guest, mem, root));
+        (0..ROUNDS).any(|_| round() == Synced::All)
     }
 
     /// The guest flushed everything, or everything of one address space: the current root follows
@@ -249,19 +256,30 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         M: GuestMem + ?Sized,
         L: WriterLock<F, H>,
     {
-        lock.with(|writer| {
-            if let Some(root) = self.page() {
-                self.sync_root(writer, guest, mem, root);
+        for _ in 0..MAX_TURNS {
+            let done = lock.with(|writer| {
+                let root = self.page();
+                if root.is_some_and(|root| !self.sync_root(writer, guest, mem, root)) {
+                    return false;
+                }
+                self.forget_stale(writer);
+                true
+            });
+            if done {
+                return;
             }
-            let stale =
-                |held: &Held| writer.pages.get(held.page).is_none_or(ShadowPage::needs_sync);
-            let gone: ArrayVec<Held, FORMER_ROOTS> =
-                self.former.iter().copied().filter(stale).collect();
-            self.former.retain(|held| !gone.contains(held));
-            for root in gone {
-                writer.release_root(&mut self.actor, root.page);
-            }
-        });
+        }
+    }
+
+    /// Leave the former roots that do not follow their tables.
+    fn forget_stale(&mut self, writer: &mut ShadowWriter<F, H>) {
+        let stale = |held: &Held| writer.pages.get(held.page).is_none_or(ShadowPage::needs_sync);
+        let gone: ArrayVec<Held, FORMER_ROOTS> =
+            self.former.iter().copied().filter(stale).collect();
+        self.former.retain(|held| !gone.contains(held));
+        for root in gone {
+            writer.release_root(&mut self.actor, root.page);
+        }
     }
 
     /// The guest flushed one linear address (KVM row 4.37): in the current root and the former

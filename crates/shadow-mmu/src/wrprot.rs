@@ -8,7 +8,7 @@ use mmu_core::addr::{Gfn, Level};
 use mmu_core::spte::SpteFormat;
 use mmu_core::traits::Host;
 
-use crate::rmap::RmapKey;
+use crate::rmap::{RmapKey, SPACES};
 use crate::writer::Work;
 
 impl<F: SpteFormat, H: Host> Work<'_, F, H> {
@@ -17,6 +17,11 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         for level in [Level::L1, Level::L2, Level::L3] {
             self.write_protect_list(RmapKey { space, level, gfn });
         }
+    }
+
+    /// The same in every address space: a table is one, whoever writes to it.
+    pub(crate) fn write_protect_everywhere(&mut self, gfn: Gfn) {
+        (0..).take(SPACES).for_each(|space| self.write_protect(space, gfn));
     }
 
     fn write_protect_list(&mut self, key: RmapKey) {

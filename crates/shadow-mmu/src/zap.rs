@@ -151,7 +151,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         }
     }
 
-    fn first_parent(&self, page: PageId) -> Option<SpteRef> {
+    pub(crate) fn first_parent(&self, page: PageId) -> Option<SpteRef> {
         let parents = self.writer.pages.get(page)?.parents;
         parents.iter(self.writer.rmap.desc_pool()).next()
     }
