@@ -5,7 +5,7 @@ mod common;
 
 use common::map_spec::Map;
 use common::world::{Op, World};
-use common::{BASE, DATA, G1, Guest, M2, Modelled, Shape, linear, range};
+use common::{BASE, DATA, G1, Guest, M2, Modelled, Shape, linear, range, request};
 use mmu_core::access::Access;
 use mmu_core::addr::Level;
 use mmu_core::fault::FaultError;
@@ -192,7 +192,7 @@ fn a_split_without_a_frame_leaves_the_huge_page() {
 fn logging_with_frames_refused_at_any_point_hands_out_every_write() {
     // More than the threads have frames in their caches.
     let (blocks, pages) = (80, 80 * M2);
-    let mut refused = 0;
+    let (mut refused, mut short) = (0, 0);
     for tracking in [DirtyTracking::WriteProtect, DirtyTracking::DirtyBit] {
         for (k, once) in (0..12).flat_map(|k| [(k, false), (k, true)]) {
             let mut options = TdpOptions::default();
@@ -205,7 +205,12 @@ fn logging_with_frames_refused_at_any_point_hands_out_every_write() {
             guest.map(firsts, AccessKind::Write, Level::L2);
             let from = guest.host().provides() + k;
             guest.host().refuse(from, if once { from + 1 } else { u64::MAX });
-            guest.slot(0, BASE, pages, DATA, SlotFlags::LOG_DIRTY);
+            let logged = request(0, BASE, pages, DATA, SlotFlags::LOG_DIRTY);
+            let split = guest.set_slot(&logged).expect("a legal slot").split;
+            let huge = guest.stat(Counter::Pages2M);
+            assert_eq!(split.splits + huge, blocks, "{split:?}");
+            assert_eq!(split.out_of_frames.is_some(), huge > 0, "what is left is told: {split:?}");
+            short += u64::from(huge > 0);
             guest.check();
             let written = (0..blocks).flat_map(|block| [block * M2, block * M2 + 63 + block]);
             for page in written.clone() {
@@ -241,5 +246,5 @@ fn logging_with_frames_refused_at_any_point_hands_out_every_write() {
             guest.finish();
         }
     }
-    assert!(refused > 0);
+    assert!(refused > 0 && short > 0, "{refused} faults, {short} splits");
 }

@@ -26,15 +26,21 @@ pub fn protect(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
         if wanted(all) {
             bench.repeat(all, vm.pages, || {
                 vm.make_written(&tables);
-                let ns = time(|| vm.mmu.log_enabled(vm.vcpu.actor(), 0, 0));
+                let ns = time(|| enable(&mut vm));
                 assert!(vm.is_armed(&tables));
                 ns
             });
         }
         if wanted(idle) {
-            bench.repeat(idle, vm.pages, || time(|| vm.mmu.log_enabled(vm.vcpu.actor(), 0, 0)));
+            bench.repeat(idle, vm.pages, || time(|| enable(&mut vm)));
         }
     }
+}
+
+/// Make every write to the slot be logged.
+fn enable(vm: &mut Vm) {
+    let split = vm.mmu.log_enabled(vm.vcpu.actor(), 0, 0);
+    assert!(split.out_of_frames.is_none(), "{split:?}");
 }
 
 /// `clear_log64`: every page is dirty and its bit is cleared, by masks of 64 pages, in one call.

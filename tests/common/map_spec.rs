@@ -348,15 +348,17 @@ impl Map {
         levels.into_iter().map(|first| [0, 1, 513][usize::from(leaf(first) - 1)]).sum()
     }
 
-    /// Writes to a slot begin to be logged: small pages, which the guest may not write yet.
-    pub fn log(&mut self, space: u8, slot: &Slot) {
+    /// Writes to a slot begin to be logged: small pages, which the guest may not write yet. A huge
+    /// page stays one where `was_split`, told its first gfn and level, says so.
+    pub fn log(&mut self, space: u8, slot: &Slot, mut was_split: impl FnMut(u64, u8) -> bool) {
         if slot.read_only {
             return;
         }
         let range = (slot.base, slot.base + slot.pages);
         for _ in 0..2 {
             for first in self.overlapping(space, range.0, range.1) {
-                if self.leaf(space, first).is_some_and(|(_, leaf)| leaf.level > 1) {
+                let level = self.leaf(space, first).map_or(1, |(_, leaf)| leaf.level);
+                if level > 1 && was_split(first, level) {
                     self.split(space, first, first);
                 }
             }

@@ -7,12 +7,12 @@
 use mmu_core::access::{Access, PfErrorCode};
 use mmu_core::addr::{Gfn, GfnRange, Hva, Level, to_u64};
 use mmu_core::fault::{EmulateReason, FaultError, FaultOutcome, PageFault};
-use mmu_core::slot::{SlotFlags, SlotRequest};
+use mmu_core::slot::{SlotError, SlotFlags, SlotRequest};
 use mmu_core::spte::Capabilities;
 use mmu_core::stats::Counter;
 use mmu_core::traits::{AgeMode, CountOnly, HostPage, ResolveError};
 use mmu_model::{AccessKind, FaultKind, Random};
-use tdp_mmu::{TdpVcpu, ZapReport};
+use tdp_mmu::{SlotUpdate, TdpVcpu, ZapReport};
 
 use super::map_spec::{Fault, Host, Map, Outcome, Rules, Slot, Zapped};
 use super::{BASE, DATA, G1, Guest, M2, Modelled, Shape, TestHost, code, gpa, range};
@@ -409,7 +409,12 @@ impl<F: Modelled> World<F> {
         end <= self.spec.rules.max_gfn && others.into_iter().all(|(_, other)| apart(other))
     }
 
-    fn request(&mut self, space: u8, id: u16, slot: Option<&Slot>) -> bool {
+    fn request(
+        &mut self,
+        space: u8,
+        id: u16,
+        slot: Option<&Slot>,
+    ) -> Result<SlotUpdate, SlotError> {
         let mut flags = SlotFlags::empty();
         flags.set(SlotFlags::READ_ONLY, slot.is_some_and(|slot| slot.read_only));
         flags.set(SlotFlags::LOG_DIRTY, slot.is_some_and(|slot| slot.log));
@@ -421,7 +426,7 @@ impl<F: Modelled> World<F> {
             hva: Hva::new(slot.map_or(0, |slot| slot.pfn) << 12),
             flags,
         };
-        self.guest.set_slot(&request).is_ok()
+        self.guest.set_slot(&request)
     }
 
     /// Each slot is in both spaces for even ids, in the first only for odd ones.
@@ -447,7 +452,8 @@ impl<F: Modelled> World<F> {
                 Some(_) => continue,
                 None => self.fits(space, id, &slot),
             };
-            assert_eq!(self.request(space, id, Some(&slot)), legal, "create {id}: {slot:?}");
+            let made = self.request(space, id, Some(&slot)).is_ok();
+            assert_eq!(made, legal, "create {id}: {slot:?}");
             if legal {
                 self.spec.slots.insert((space, id), slot);
             }
@@ -457,7 +463,7 @@ impl<F: Modelled> World<F> {
     fn delete(&mut self, id: u16) {
         for space in Self::spaces(id) {
             let old = self.spec.slots.remove(&(space, id));
-            assert_eq!(self.request(space, id, None), old.is_some(), "delete {id}");
+            assert_eq!(self.request(space, id, None).is_ok(), old.is_some(), "delete {id}");
             if let Some(slot) = old {
                 self.spec.unmap(slot.base, slot.base + slot.pages);
             }
@@ -469,7 +475,8 @@ impl<F: Modelled> World<F> {
             let Some(old) = self.spec.slots.get(&(space, id)).copied() else { continue };
             let new = Slot { base: Self::place(place, id), ..old };
             let legal = new.base == old.base || self.fits(space, id, &new);
-            assert_eq!(self.request(space, id, Some(&new)), legal, "move {id}: {new:?}");
+            let moved = self.request(space, id, Some(&new)).is_ok();
+            assert_eq!(moved, legal, "move {id}: {new:?}");
             if legal && new.base != old.base {
                 self.spec.unmap(old.base, old.base + old.pages);
                 self.spec.slots.insert((space, id), new);
@@ -484,10 +491,16 @@ impl<F: Modelled> World<F> {
             if log && self.spec.splits_for_log(space, &slot) > MOST_SPLITS {
                 continue;
             }
-            assert!(self.request(space, id, Some(&new)), "flags of {id}");
+            let update = self.request(space, id, Some(&new)).expect("a change of flags");
             self.spec.slots.insert((space, id), new);
             if log && !slot.log {
-                self.spec.log(space, &new);
+                // Only want of frames may leave a page huge; then the tables say which.
+                let short = update.split.out_of_frames.is_some();
+                let guest = &mut self.guest;
+                self.spec.log(space, &new, |first, level| {
+                    let walk = guest.mmu.lookup(&mut guest.actor, space, Gfn::new(first));
+                    !short || walk.last().is_some_and(|(at, _)| at.number() < level)
+                });
             }
             if !log && slot.log {
                 let page = |slot: &Slot, gfn: u64| host_page(slot.pfn + (gfn - slot.base));

@@ -1,7 +1,8 @@
 //! The fuzz targets of fuzz/, each for a given time.
 //!
-//! They need the nightly toolchain and cargo-fuzz; where one is missing this says so and fails,
-//! because a campaign that did not run proves nothing.
+//! With a seed and an empty corpus a target tries the same inputs each time, so that a run that
+//! was longer vouches for a shorter one. They need the nightly toolchain and cargo-fuzz; where one
+//! is missing this says so and fails, because a campaign that did not run proves nothing.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -9,7 +10,7 @@ use std::process::{Command, Stdio};
 use crate::child;
 use crate::{Error, Verdict};
 
-pub(crate) fn run(seconds: u64, wanted: &[String]) -> Result<Verdict, Error> {
+pub(crate) fn run(seconds: u64, seed: Option<u64>, wanted: &[String]) -> Result<Verdict, Error> {
     let missing = missing();
     if !missing.is_empty() {
         for what in &missing {
@@ -32,6 +33,8 @@ pub(crate) fn run(seconds: u64, wanted: &[String]) -> Result<Verdict, Error> {
         fuzz.args(["+nightly", "fuzz", "run", target, "--"])
             .arg(format!("-max_total_time={seconds}"))
             .args(["-print_final_stats=1", "-rss_limit_mb=4096"])
+            // 0: libFuzzer chooses one, and prints it.
+            .arg(format!("-seed={}", seed.unwrap_or(0)))
             .current_dir(child::root())
             // Set by the `cargo` that started us; they would pin the stable toolchain.
             .env_remove("RUSTUP_TOOLCHAIN")
@@ -41,12 +44,13 @@ pub(crate) fn run(seconds: u64, wanted: &[String]) -> Result<Verdict, Error> {
         let (ended, lines) = child::lines(&mut fuzz, None)?;
         let runs = number(&lines, "stat::number_of_executed_units:");
         let edges = coverage(&lines);
+        let seed = number(&lines, "INFO: Seed:");
         executions += runs;
         if ended.success() && runs > 0 {
-            println!("{target:<16} {runs:>12} executions, {edges} edges: ok");
+            println!("{target:<16} {runs:>12} executions, {edges} edges, seed {seed}: ok");
         } else {
             failed += 1;
-            println!("{target:<16} {runs:>12} executions: FAILED\n{}", reason(&lines));
+            println!("{target:<16} {runs:>12} executions, seed {seed}: FAILED\n{}", reason(&lines));
         }
     }
     println!(

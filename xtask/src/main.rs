@@ -21,8 +21,9 @@ use lexopt::prelude::*;
 const USAGE: &str = "\
 usage: cargo xtask CAMPAIGN
   loom                       every interleaving of the models in crates/*/tests/loom_*.rs
-  fuzz [--seconds N] [TARGET...]
-                             the targets of fuzz/, N seconds each (default 60)
+  fuzz [--seconds N] [--seed N] [TARGET...]
+                             the targets of fuzz/, N seconds each (default 60), from a seed that
+                             is printed
   instructions [ROW...]      instructions per operation of the benchmark's rows, by callgrind
   mutants [NAME|plain|loom...]
                              each known breakage of docs/mutants.txt must be noticed by its test;
@@ -82,7 +83,7 @@ fn campaign() -> Result<Verdict, Error> {
     let Some((name, rest)) = words.split_first() else { return wrong("no campaign named") };
     match name.as_str() {
         "loom" => loom::run(),
-        "fuzz" => fuzz::run(seconds, rest),
+        "fuzz" => fuzz::run(seconds, emulate.seed, rest),
         "instructions" => instructions::run(rest),
         "mutants" => mutants::run(rest),
         "no-std" => no_std::run(),

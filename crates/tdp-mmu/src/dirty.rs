@@ -32,6 +32,7 @@ use crate::collapse::CollapseReport;
 use crate::leaf::LeafLog;
 use crate::mmu::TdpMmu;
 use crate::rearm::{Rearm, Run};
+use crate::split::SplitReport;
 use crate::vcpu::TdpVcpu;
 
 /// How writes to logged slots are noticed.
@@ -236,25 +237,34 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// 3.39), unless the log starts with all bits set. When this returns every write to a logged
     /// page is logged.
     /// [`set_slot`](Self::set_slot) calls it; a VM with several MMUs calls it on each.
-    pub fn log_enabled(&self, actor: &mut Actor<H>, as_id: u16, id: u16) {
-        self.begin_log(actor, as_id, id, DirtyTracking::WriteProtect);
+    ///
+    /// The split is best effort: what it leaves for want of frames stays huge, protected, and is
+    /// split by its first write.
+    pub fn log_enabled(&self, actor: &mut Actor<H>, as_id: u16, id: u16) -> SplitReport {
+        self.begin_log(actor, as_id, id, DirtyTracking::WriteProtect)
     }
 
     /// The slot was logged already, and other pages of it are from now on. As
     /// [`log_enabled`](Self::log_enabled), except that D bits that nobody has reported are kept.
-    pub fn log_resized(&self, actor: &mut Actor<H>, as_id: u16, id: u16) {
-        self.begin_log(actor, as_id, id, self.dirty_tracking());
+    pub fn log_resized(&self, actor: &mut Actor<H>, as_id: u16, id: u16) -> SplitReport {
+        self.begin_log(actor, as_id, id, self.dirty_tracking())
     }
 
     /// `was`: what has recorded writes until now.
-    fn begin_log(&self, actor: &mut Actor<H>, as_id: u16, id: u16, was: DirtyTracking) {
-        let Ok(target) = self.logged(actor, as_id, id) else { return };
+    fn begin_log(
+        &self,
+        actor: &mut Actor<H>,
+        as_id: u16,
+        id: u16,
+        was: DirtyTracking,
+    ) -> SplitReport {
+        let mut split = SplitReport::default();
+        let Ok(target) = self.logged(actor, as_id, id) else { return split };
         let range = target.range();
         let mut pass = Rearm::new(self, as_id);
         if !target.log.starts_set() && !target.slot.is_read_only() {
             if self.options().eager_split {
-                // Best effort: what is not split now is split by its first write.
-                let _ = self.split(actor, as_id, range);
+                split = self.split(actor, as_id, range);
             }
             match was {
                 DirtyTracking::DirtyBit => pass.collect(actor, range, (&target.slot, &target.log)),
@@ -267,6 +277,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             }
         }
         let _ = pass.finish(actor);
+        split
     }
 
     /// Logging of `slot` was switched off: huge pages come back, if

@@ -25,6 +25,7 @@ use crate::dirty::DirtyTracking;
 use crate::external::ExternalTable;
 use crate::nx::Nx;
 use crate::root::{RootFilter, Roots};
+use crate::split::SplitReport;
 use crate::unflushed::Unflushed;
 use crate::zap::ZapReport;
 
@@ -106,6 +107,9 @@ pub struct SlotUpdate {
     /// bits; with [`SlotZap::All`] what everything had. Nothing of other changes, nor of the trees
     /// that [`around_update`](TdpMmu::around_update) drops.
     pub zapped: ZapReport,
+    /// Huge pages that were split where logging began
+    /// ([`eager_split`](TdpOptions::eager_split)), and what kept the rest huge.
+    pub split: SplitReport,
     /// Huge pages that came back where logging ended
     /// ([`collapse_on_disable`](TdpOptions::collapse_on_disable)).
     pub collapsed: CollapseReport,
@@ -262,12 +266,13 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         logged: Option<Range<u64>>,
     ) -> Result<SlotUpdate, SlotError> {
         self.assert_own(actor);
-        let (mut zapped, collapsed) = (ZapReport::default(), CollapseReport::default());
+        let (mut zapped, mut split) = (ZapReport::default(), SplitReport::default());
+        let mut collapsed = CollapseReport::default();
         if writer.live().next_wraps(MMIO_GEN_BITS) {
             // Requests that are bad or mean nothing drop no tree, however many there are.
             let change = plan(writer.live(), writer.limits(), request)?;
             if change == SlotChange::Nothing && logged.is_none() {
-                return Ok(SlotUpdate { change, zapped, collapsed });
+                return Ok(SlotUpdate { change, zapped, split, collapsed });
             }
         }
         let zap = |actor: &mut Actor<H>, old: &Memslot| zapped = self.zap_slot(actor, old);
@@ -276,8 +281,15 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             Some(pages) => self.vm.set_slot_logging(writer, actor, request, pages, zap),
         };
         let change = self.around_update(writer, actor, update)?;
-        let collapsed = self.log_changed(actor, &change);
-        Ok(SlotUpdate { change, zapped, collapsed })
+        if let SlotChange::Flags { old, new } = &change {
+            match (old.logs_dirty(), new.logs_dirty()) {
+                (true, true) => split = self.log_resized(actor, new.as_id, new.id),
+                (false, true) => split = self.log_enabled(actor, new.as_id, new.id),
+                (true, false) => collapsed = self.log_disabled(actor, new),
+                (false, false) => {}
+            }
+        }
+        Ok(SlotUpdate { change, zapped, split, collapsed })
     }
 
     /// Remove the mappings of a slot that goes away, whose faults retry already.
@@ -286,20 +298,6 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
             SlotZap::Range => self.unmap(actor, old.range()),
             SlotZap::All => self.invalidate_roots(actor).finish(actor),
         }
-    }
-
-    /// What a change of a slot's flags asks of the tables.
-    fn log_changed(&self, actor: &mut Actor<H>, change: &SlotChange) -> CollapseReport {
-        if let SlotChange::Flags { old, new } = change {
-            if new.logs_dirty() && old.logs_dirty() {
-                self.log_resized(actor, new.as_id, new.id);
-            } else if new.logs_dirty() {
-                self.log_enabled(actor, new.as_id, new.id);
-            } else if old.logs_dirty() {
-                return self.log_disabled(actor, new);
-            }
-        }
-        CollapseReport::default()
     }
 
     /// Give everything back: for the end of a VM, when no vCPU exists any more. Waits for what is
