@@ -319,7 +319,7 @@ fn a_slot_that_goes_leaves_nothing_behind() {
     assert_eq!(count.leaves, [0; 3]);
     // The root is the vCPU's, invalid, until it leaves it.
     assert_eq!(count.pages, 1);
-    assert!(!world.rig.vcpu.root_is_current(&world.rig.lock));
+    assert!(!world.rig.vcpu.root_is_current());
     let read = Request::new(Operation::Read, Privilege::User);
     let root = GuestRoot::Cr3(0);
     let walk = world.guest.walk(&world.memory, &root, Gva::new(0), read).unwrap();
@@ -378,7 +378,7 @@ fn under_a_quota_used_tables_stay_and_roots_always() {
             }
             // What a fault needs may come on top, if reclaim took part of its way.
             assert!(live(&world) <= QUOTA + 3, "the quota holds");
-            assert!(world.rig.vcpu.root_is_current(&world.rig.lock), "roots are spared");
+            assert!(world.rig.vcpu.root_is_current(), "roots are spared");
         }
         let made = world.rig.lock.0.lock().unwrap().stats().pages_made;
         world.finish();
@@ -439,6 +439,6 @@ fn a_root_of_another_level_is_refused() {
     let refused = world.rig.vcpu.load_root(&world.rig.lock, &world.guest, &world.memory, gfn, role);
     assert_eq!(refused, Err(ShadowError::WrongLevel { role: Level::L5, host: Level::L4 }));
     assert_eq!(live(&world), 1);
-    assert!(world.rig.vcpu.root_is_current(&world.rig.lock));
+    assert!(world.rig.vcpu.root_is_current());
     world.finish();
 }

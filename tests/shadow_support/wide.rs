@@ -315,7 +315,7 @@ impl<G: Guest> World<G> {
     }
 
     fn enter(&mut self) {
-        if !self.rig.vcpu.root_is_current(&self.rig.lock) {
+        if !self.rig.vcpu.root_is_current() {
             self.rig.note("  the root went".to_owned());
             self.enter_anew();
         }

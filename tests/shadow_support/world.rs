@@ -240,7 +240,7 @@ impl World {
 
     /// The vCPU enters the guest: on a root that is good.
     pub fn enter(&mut self) {
-        if !self.rig.vcpu.root_is_current(&self.rig.lock) {
+        if !self.rig.vcpu.root_is_current() {
             self.rig.note("  the root went".to_owned());
             self.enter_anew();
         }

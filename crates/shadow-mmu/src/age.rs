@@ -3,8 +3,10 @@
 //! Implements [`AgeRange`] for [`ShadowMmu`] (KVM rows 5.6, 5.10). A page of the guest is young if
 //! any entry that maps it is, in either address space. For each page the list is held by its bit
 //! lock, so the entries' pages live (races R14 to R16); each young entry is written by one
-//! compare-exchange that is not tried again (R1 to R7). Blocks of 512 pages are looked at one after
-//! the other, aligned, so a range that starts in the middle of a large page skips nothing.
+//! compare-exchange that is not tried again (R1 to R7). Where nothing was used the lock is not
+//! taken: entries are read, and the list is asked whether it is as it was. Blocks of 512 pages are
+//! looked at one after the other, aligned, so a range that starts in the middle of a large page
+//! skips nothing.
 //!
 //! Walks skip what has no reverse map. There is nothing more to skip: the links above a leaf are
 //! those of linear addresses. A fast question is told "unknown" for a list that somebody holds.
@@ -21,8 +23,10 @@ use mmu_core::traits::{
 };
 use mmu_core::vm::Actor;
 
+use crate::chain::INLINE;
 use crate::mmu::{Cells, ShadowMmu};
-use crate::rmap::{Busy, Lists, SPACES};
+use crate::rmap::{Busy, Lists, Peek, SPACES};
+use crate::spte_ref::SpteRef;
 
 /// Bits of a mask word.
 const WORD: usize = 64;
@@ -190,7 +194,7 @@ struct Pass<'a, F: SpteFormat, H: Host> {
     cells: Cells<'a, F, H>,
 }
 
-impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
+impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
     fn run<S: AgeSink>(&mut self, reader: &mut Actor<H>, sink: &mut S) {
         let range = self.request.range;
         let mut at = range.start;
@@ -239,29 +243,15 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
         block: GfnRange,
         sink: &mut S,
     ) {
+        self.lists.iter_mut().flatten().flatten().for_each(Lists::forget);
+        self.cells.forget();
         let base = block.start.align_down(Level::L2);
         let mut whole = self.look(section, shard, Level::L2, base);
         whole.merge(self.look_huge(section, shard, base.align_down(Level::L3)));
         if whole.is_unknown() {
             return self.unknown(block, sink);
         }
-        let (mut present, mut young) = ([0; MASK_WORDS], [0; MASK_WORDS]);
-        let mut unknown = [0; MASK_WORDS];
-        let mut gfn = block.start;
-        while gfn < block.end {
-            let seen = self.look(section, shard, Level::L1, gfn);
-            let index = gfn.index(Level::L1);
-            for (mask, on) in [
-                (&mut present, seen.mapped),
-                (&mut young, seen.young),
-                (&mut unknown, seen.is_unknown()),
-            ] {
-                if let Some(word) = mask.get_mut(index / WORD) {
-                    *word |= u64::from(on) << (index % WORD);
-                }
-            }
-            gfn = gfn.saturating_add(1);
-        }
+        let Masks { mut present, mut young, mut unknown } = self.small(section, shard, block);
         let none = |mask: &[u64; MASK_WORDS]| mask.iter().all(|word| *word == 0);
         if none(&present) && none(&unknown) {
             if whole.mapped {
@@ -306,6 +296,25 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
         seen
     }
 
+    /// Look at every 4 KiB page of a block of 2 MiB.
+    fn small(&mut self, section: &EpochGuard<'_>, shard: &StatsShard, block: GfnRange) -> Masks {
+        let mut masks = Masks::default();
+        // Space by space, because one of them is nearly always empty.
+        for (space, id) in (0..SPACES).zip(0..) {
+            let first = self.mmu.rmaps().next(id, Level::L1, block.start, block.end);
+            let Some(mut gfn) = first else { continue };
+            let Some(mut lists) = self.take_lists(space, Level::L1) else { continue };
+            while gfn < block.end {
+                let seen = self.look_at(section, shard, &mut lists, Level::L1, gfn);
+                masks.note(gfn.index(Level::L1), seen);
+                gfn = gfn.saturating_add(1);
+            }
+            self.return_lists(space, Level::L1, lists);
+        }
+        masks.settle();
+        masks
+    }
+
     /// Look at every entry of one level that maps a block, in both address spaces.
     fn look(
         &mut self,
@@ -316,36 +325,134 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
     ) -> Seen {
         let mut seen = Seen::default();
         for space in 0..SPACES {
-            let lists = self.lists.get_mut(space).and_then(|levels| levels.get_mut(level.slot()));
-            let Some(Some(lists)) = lists else { continue };
-            let list = match self.request.effort {
-                Effort::Full => lists.lock(gfn),
-                Effort::Fast => match lists.try_lock(gfn) {
-                    Ok(list) => list,
-                    Err(Busy) => {
-                        seen.unknown = true;
-                        continue;
-                    }
-                },
-            };
-            let Some(list) = list else { continue };
-            let after = self.report.entries.saturating_add(u64::from(list.len()));
-            if self.request.effort == Effort::Fast && after > self.request.budget {
-                // No more is read.
-                seen.unknown = true;
-                continue;
-            }
-            for spte in list.entries() {
-                self.report.entries += 1;
-                let Some(cell) = self.cells.get(section, spte) else { continue };
-                let now = cell.peek();
-                if now.is_leaf(level) {
-                    seen.mapped = true;
-                    seen.young |= self.leaf(shard, cell, now, level, gfn);
-                }
+            if let Some(mut lists) = self.take_lists(space, level) {
+                seen.merge(self.look_at(section, shard, &mut lists, level, gfn));
+                self.return_lists(space, level, lists);
             }
         }
         seen
+    }
+
+    fn take_lists(&mut self, space: usize, level: Level) -> Option<Lists<'a>> {
+        self.lists.get_mut(space)?.get_mut(level.slot())?.take()
+    }
+
+    fn return_lists(&mut self, space: usize, level: Level, lists: Lists<'a>) {
+        let levels = self.lists.get_mut(space);
+        if let Some(place) = levels.and_then(|levels| levels.get_mut(level.slot())) {
+            *place = Some(lists);
+        }
+    }
+
+    /// Look at the entries on one list.
+    #[inline(always)]
+    fn look_at(
+        &mut self,
+        section: &EpochGuard<'_>,
+        shard: &StatsShard,
+        lists: &mut Lists<'a>,
+        level: Level,
+        gfn: Gfn,
+    ) -> Seen {
+        let Some(peek) = lists.peek(gfn) else { return Seen::default() };
+        let mut seen = Seen::default();
+        if self.entries_left() < u64::from(INLINE) {
+            return self.look_held(section, shard, lists, level, gfn);
+        }
+        let Some(entries) = peek.entries() else {
+            return self.look_held(section, shard, lists, level, gfn);
+        };
+        if let Some(read) = self.quiet(section, &peek, entries, level) {
+            self.report.entries += read;
+            seen.mapped = true;
+            return seen;
+        }
+        let Ok(_held) = lists.lock_as(&peek) else {
+            return self.look_held(section, shard, lists, level, gfn);
+        };
+        for spte in entries.into_iter().flatten() {
+            self.look_entry(section, shard, spte, level, gfn, &mut seen);
+        }
+        seen
+    }
+
+    /// Is the block mapped, and by leaves of which none was used? Then how many; found without the
+    /// list's lock, and `None` if that does not tell. Most pages of a guest are idle most of the
+    /// time, and locked instructions are what a pass costs.
+    #[inline(always)]
+    fn quiet(
+        &mut self,
+        section: &EpochGuard<'_>,
+        peek: &Peek<'_>,
+        entries: [Option<SpteRef>; 2],
+        level: Level,
+    ) -> Option<u64> {
+        let config = self.mmu.config();
+        let mut read = 0;
+        for spte in entries.into_iter().flatten() {
+            let now = self.cells.get(section, spte)?.peek();
+            if !now.is_leaf(level) || config.is_accessed(now) {
+                return None;
+            }
+            read += 1;
+        }
+        peek.stands().then_some(read)
+    }
+
+    /// Look at an entry of a list that is held still.
+    #[inline]
+    fn look_entry(
+        &mut self,
+        section: &EpochGuard<'_>,
+        shard: &StatsShard,
+        spte: SpteRef,
+        level: Level,
+        gfn: Gfn,
+        seen: &mut Seen,
+    ) {
+        self.report.entries += 1;
+        let Some(cell) = self.cells.get(section, spte) else { return };
+        let now = cell.peek();
+        if now.is_leaf(level) {
+            seen.mapped = true;
+            seen.young |= self.leaf(shard, cell, now, level, gfn);
+        }
+    }
+
+    /// The same, holding the list still.
+    #[inline(never)]
+    fn look_held(
+        &mut self,
+        section: &EpochGuard<'_>,
+        shard: &StatsShard,
+        lists: &mut Lists<'a>,
+        level: Level,
+        gfn: Gfn,
+    ) -> Seen {
+        let mut seen = Seen::default();
+        let list = match self.request.effort {
+            Effort::Full => lists.lock(gfn),
+            Effort::Fast => match lists.try_lock(gfn) {
+                Ok(list) => list,
+                Err(Busy) => return Seen { unknown: true, ..seen },
+            },
+        };
+        let Some(list) = list else { return seen };
+        if self.entries_left() < u64::from(list.len()) {
+            return Seen { unknown: true, ..seen };
+        }
+        for spte in list.entries() {
+            self.look_entry(section, shard, spte, level, gfn, &mut seen);
+        }
+        seen
+    }
+
+    /// How many entries may still be read: a fast call reads no more than it was told.
+    fn entries_left(&self) -> u64 {
+        match self.request.effort {
+            Effort::Full => u64::MAX,
+            Effort::Fast => self.request.budget.saturating_sub(self.report.entries),
+        }
     }
 
     /// Was the leaf used? Clears what it saw, if that is asked for.
@@ -375,6 +482,34 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             self.debt.owe(GfnRange::entry(gfn, level));
         }
         true
+    }
+}
+
+/// What is known of the pages of a block, a bit for each.
+#[derive(Default)]
+struct Masks {
+    present: [u64; MASK_WORDS],
+    young: [u64; MASK_WORDS],
+    unknown: [u64; MASK_WORDS],
+}
+
+impl Masks {
+    #[inline]
+    fn note(&mut self, index: usize, seen: Seen) {
+        let bit = |on: bool| u64::from(on) << (index % WORD);
+        let (word, masks) = (index / WORD, [&mut self.present, &mut self.young, &mut self.unknown]);
+        for (mask, on) in masks.into_iter().zip([seen.mapped, seen.young, seen.unknown]) {
+            if let Some(word) = mask.get_mut(word) {
+                *word |= bit(on);
+            }
+        }
+    }
+
+    /// Young is an answer, whatever could not be read beside ([`Seen::is_unknown`]).
+    fn settle(&mut self) {
+        for (unknown, young) in self.unknown.iter_mut().zip(&self.young) {
+            *unknown &= !young;
+        }
     }
 }
 

@@ -59,7 +59,7 @@ impl Chain {
         self.0 == 0
     }
 
-    const fn is_many(self) -> bool {
+    pub(crate) const fn is_many(self) -> bool {
         self.0 & MANY != 0
     }
 
@@ -68,7 +68,7 @@ impl Chain {
         u32::try_from(self.0 >> shift & ((1 << bits) - 1)).unwrap_or(0)
     }
 
-    fn inline(self) -> [Option<SpteRef>; 2] {
+    pub(crate) fn inline(self) -> [Option<SpteRef>; 2] {
         let at = |shift| SpteRef::from_bits(self.field(shift, REF_BITS));
         if self.is_many() { [None, None] } else { [at(FIRST), at(SECOND)] }
     }

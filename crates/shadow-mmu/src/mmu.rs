@@ -12,7 +12,7 @@ use mmu_core::addr::Pfn;
 use mmu_core::epoch::EpochGuard;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{SpteConfig, SpteFormat};
-use mmu_core::sync::plain;
+use mmu_core::sync::{AtomicU64, Ordering, plain};
 use mmu_core::traits::Host;
 use mmu_core::vm::VmCore;
 
@@ -32,11 +32,14 @@ pub struct ShadowMmu<F: SpteFormat, H: Host> {
     /// Frame number plus 1 of each shadow page, by its number; 0 for none.
     frames: Radix<plain::AtomicU64>,
     unflushed: Unflushed,
+    /// How often roots became bad.
+    reloads: AtomicU64,
 }
 
 impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
     pub(crate) fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, rmaps: Arc<Rmaps>) -> Self {
-        Self { vm, config, rmaps, frames: Radix::new(PAGE_BITS), unflushed: Unflushed::new() }
+        let (frames, unflushed) = (Radix::new(PAGE_BITS), Unflushed::new());
+        Self { vm, config, rmaps, frames, unflushed, reloads: AtomicU64::new(0) }
     }
 
     /// The VM.
@@ -59,6 +62,19 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
 
     pub(crate) fn unflushed(&self) -> &Unflushed {
         &self.unflushed
+    }
+
+    /// A root is no good any more; before the flush that makes vCPUs look.
+    pub(crate) fn note_reload(&self) {
+        // ORDERING[shadow-reload]: Release. Pairs with `reloads`. A vCPU that the flush after this
+        // does not wait for announces itself, and looks, after the flush's fence.
+        self.reloads.fetch_add(1, Ordering::Release);
+    }
+
+    /// As long as this stays the same, a root that was good is good.
+    pub(crate) fn reloads(&self) -> u64 {
+        // ORDERING[shadow-reload]: Acquire. Pairs with `note_reload`.
+        self.reloads.load(Ordering::Acquire)
     }
 
     /// Make room for the frame of a page.
@@ -88,8 +104,13 @@ pub(crate) struct Cells<'a, F: SpteFormat, H: Host> {
 }
 
 impl<'a, F: SpteFormat, H: Host> Cells<'a, F, H> {
-    /// The entry that a list names, for who holds the list still; `None` only if the tables
-    /// contradict each other.
+    /// Before a block of 512 pages: shadow pages made since the last one are found.
+    pub(crate) fn forget(&mut self) {
+        self.frames.forget();
+    }
+
+    /// The entry that a list names. For who holds the list still: `None` only if the tables
+    /// contradict each other. For who does not: an entry whose page may be gone.
     pub(crate) fn get<'g>(
         &mut self,
         section: &'g EpochGuard<'_>,
@@ -99,8 +120,9 @@ impl<'a, F: SpteFormat, H: Host> Cells<'a, F, H> {
         'a: 'g,
     {
         let place = self.frames.get(u64::from(spte.page().get()))?;
-        // ORDERING[shadow-frame]: Relaxed. Under the list's bit lock, or by the writer: pairs with
-        // the store in `set_frame`.
+        // ORDERING[shadow-frame]: Relaxed. After the Acquire of the list's head, or by the writer:
+        // pairs with the store in `set_frame`. Who does not hold the list may read the frame of
+        // another page by now, which is a table as well.
         let frame = place.load(plain::Ordering::Relaxed).checked_sub(1)?;
         self.mmu.vm.pool().table(section, Pfn::new(frame)).entries().get(spte.index())
     }

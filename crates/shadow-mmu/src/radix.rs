@@ -146,28 +146,33 @@ impl<T: Default> Radix<T> {
 }
 
 /// Looks up one element after the other, and finds the part that several lie in once: what is there
-/// never moves.
+/// never moves. What is missing is missing until [`Near::forget`].
 #[derive(Debug)]
 pub(crate) struct Near<'a, T> {
     array: &'a Radix<T>,
-    /// The part looked at last, by the indices' bits above it.
+    /// The part looked at last, by the indices' bits above it; without elements if it is missing.
     last: Option<(u64, &'a [T])>,
 }
 
 impl<'a, T: Default> Near<'a, T> {
-    /// As [`Radix::get`]. That an element is missing is not remembered: it may come.
+    /// As [`Radix::get`], at the time of the first lookup in the part.
     #[inline]
     pub(crate) fn get(&mut self, index: u64) -> Option<&'a T> {
         let above = index >> NODE_BITS;
         let part = match self.last {
             Some((known, part)) if known == above => part,
             _ => {
-                let part = self.array.part(index)?;
+                let part = self.array.part(index).unwrap_or_default();
                 self.last = Some((above, part));
                 part
             }
         };
         part.get(digit(index, 0))
+    }
+
+    /// Look again for what was missing.
+    pub(crate) fn forget(&mut self) {
+        self.last = self.last.filter(|(_, part)| !part.is_empty());
     }
 }
 
@@ -236,10 +241,22 @@ mod tests {
             // Before it is there, and after.
             assert_eq!(near.get(index).is_some(), array.get(index).is_some(), "{index:#x}");
             let _ = array.provide(index);
+            near.forget();
             let found = (near.get(index), array.get(index));
             let same = found.0.zip(found.1).map(|(near, single)| core::ptr::eq(near, single));
             assert_eq!(same, array.get(index).map(|_| true), "{index:#x}");
         }
+    }
+
+    #[test]
+    fn what_is_missing_is_looked_for_again_when_asked() {
+        let array: Radix<AtomicU64> = Radix::new(36);
+        let mut near = array.near();
+        assert!(near.get(7).is_none());
+        let _ = array.provide(7);
+        assert!(near.get(7).is_none(), "not before");
+        near.forget();
+        assert!(near.get(7).is_some() && array.get(7).is_some());
     }
 
     #[test]

@@ -19,7 +19,7 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use mmu_core::addr::{Gfn, Level};
-use mmu_core::sync::{AtomicU64, Backoff, Ordering};
+use mmu_core::sync::{AtomicU64, Backoff, Ordering, fence};
 
 use crate::chain::{Chain, Full, INLINE, Iter, LOCKED, SPILL};
 use crate::desc::{DescPool, DescWriter};
@@ -187,10 +187,16 @@ impl Rmaps {
         if seen & LOCKED != 0 {
             return Err(Busy);
         }
+        self.lock_seen(head, seen).map(Some)
+    }
+
+    /// Lock a list whose word, which is neither 0 nor locked, is `seen`.
+    #[inline]
+    fn lock_seen<'a>(&'a self, head: &'a AtomicU64, seen: u64) -> Result<RmapGuard<'a>, Busy> {
         // ORDERING[rmap-lock]: Acquire. Pairs with the Release of `RmapGuard::drop` and `replace`:
         // the descriptors are those that the head speaks of.
         head.compare_exchange(seen, seen | LOCKED, Ordering::Acquire, Ordering::Relaxed)
-            .map(|_| Some(RmapGuard { head, chain: Chain::from_word(seen), rmaps: self }))
+            .map(|_| RmapGuard { head, chain: Chain::from_word(seen), rmaps: self })
             .map_err(|_| Busy)
     }
 
@@ -230,6 +236,30 @@ pub(crate) struct Lists<'a> {
 }
 
 impl<'a> Lists<'a> {
+    /// Before a block of 512 pages: lists that came since the last one are there.
+    pub(crate) fn forget(&mut self) {
+        self.heads.forget();
+    }
+
+    /// What the list says, without its lock; `None` when it is empty.
+    #[inline]
+    pub(crate) fn peek(&mut self, gfn: Gfn) -> Option<Peek<'a>> {
+        let head = self.heads.get(gfn.get() >> self.shift)?;
+        // ORDERING[rmap-lock]: Acquire. Pairs with the Release of `replace` and `Held::release`:
+        // the frames of the pages that the word names are set.
+        let word = head.load(Ordering::Acquire);
+        (word != 0).then_some(Peek { head, word })
+    }
+
+    /// Hold the list still, if it is as it was seen.
+    ///
+    /// # Errors
+    /// [`Busy`]: it is not, or somebody holds it.
+    #[inline]
+    pub(crate) fn lock_as(&self, peek: &Peek<'a>) -> Result<RmapGuard<'a>, Busy> {
+        self.rmaps.lock_seen(peek.head, peek.word)
+    }
+
     /// As [`Rmaps::lock`].
     pub(crate) fn lock(&mut self, gfn: Gfn) -> Option<RmapGuard<'a>> {
         self.rmaps.lock_head(self.heads.get(gfn.get() >> self.shift)?)
@@ -239,6 +269,34 @@ impl<'a> Lists<'a> {
     pub(crate) fn try_lock(&mut self, gfn: Gfn) -> Result<Option<RmapGuard<'a>>, Busy> {
         let head = self.heads.get(gfn.get() >> self.shift);
         head.map_or(Ok(None), |head| self.rmaps.try_lock_head(head))
+    }
+}
+
+/// What a list said a moment ago. The pages of its entries may be gone by now: what was read from
+/// them counts only if the list [is as it was](Self::stands) after that.
+#[derive(Debug)]
+pub(crate) struct Peek<'a> {
+    head: &'a AtomicU64,
+    word: u64,
+}
+
+impl Peek<'_> {
+    /// The entries, if they stand in the head and nobody is about to change them.
+    #[inline]
+    pub(crate) fn entries(&self) -> Option<[Option<SpteRef>; 2]> {
+        let chain = Chain::from_word(self.word);
+        (self.word & LOCKED == 0 && !chain.is_many()).then(|| chain.inline())
+    }
+
+    /// Did the list say the same all the time? (Or again: an entry was taken off and put back, and
+    /// what was read of it is not older than that.)
+    #[inline]
+    pub(crate) fn stands(&self) -> bool {
+        // ORDERING[rmap-lock]: Acquire fence. What was read of the entries was read before the head
+        // is read again; pairs with the Release of `Held::release`, before which a page's entries
+        // change hands.
+        fence(Ordering::Acquire);
+        self.head.load(Ordering::Relaxed) == self.word
     }
 }
 

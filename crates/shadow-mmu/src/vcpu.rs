@@ -43,6 +43,8 @@ pub struct ShadowVcpu<F: SpteFormat, H: Host> {
     pub(crate) role: PageRole,
     pub(crate) root: Option<Held>,
     former: ArrayVec<Held, FORMER_ROOTS>,
+    /// [`ShadowMmu::reloads`] when the root was found.
+    good_at: u64,
 }
 
 impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
@@ -53,7 +55,14 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     pub fn new(mmu: &Arc<ShadowMmu<F, H>>) -> Result<Self, EpochError> {
         let actor = mmu.vm().actor()?;
         let role = PageRole::new(mmu.config().levels(), RoleFlags::empty());
-        Ok(Self { mmu: Arc::clone(mmu), actor, role, root: None, former: ArrayVec::new() })
+        Ok(Self {
+            mmu: Arc::clone(mmu),
+            actor,
+            role,
+            root: None,
+            former: ArrayVec::new(),
+            good_at: 0,
+        })
     }
 
     /// The thread's handle.
@@ -158,6 +167,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
                 self.switch_to(writer, Held { page, key });
             }
             self.role = key.role;
+            self.good_at = self.mmu.reloads();
             let address = writer.pages.get(page).ok_or(FaultError::NoRoot)?.frame.address();
             Ok::<_, ShadowError>((page, self.sync_root(writer, guest, mem, page), address))
         })?;
@@ -320,11 +330,16 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         });
     }
 
-    /// Is the root still good? If not, leave the guest and load it again.
+    /// Is a root loaded, and still good? Ask before **every** entry into the guest, in this order:
+    /// announce the entry where your [`TlbFlush::wait`](mmu_core::traits::TlbFlush::wait) looks for
+    /// it, execute a full barrier, then ask; if the answer is no, take the announcement back and
+    /// load the root again. What makes a root bad waits for announced vCPUs
+    /// ([`FlushScope::Reload`](mmu_core::flush::FlushScope::Reload)), and may hold the writer
+    /// meanwhile, so this takes no lock: one load. When a root of another vCPU became bad the
+    /// answer is no as well; loading finds the root again.
     #[must_use]
-    pub fn root_is_current<L: WriterLock<F, H>>(&self, lock: &L) -> bool {
-        let Some(root) = self.page() else { return false };
-        lock.with(|writer| writer.is_current(root))
+    pub fn root_is_current(&self) -> bool {
+        self.root.is_some() && self.mmu.reloads() == self.good_at
     }
 
     /// Leave all roots: before the vCPU goes.

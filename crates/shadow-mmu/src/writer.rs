@@ -183,6 +183,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     /// A root is no good any more: every vCPU leaves the guest and looks at its root before it goes
     /// on (KVM row 4.47).
     pub(crate) fn owe_reload(&mut self) {
+        self.writer.mmu.note_reload();
         self.scope = FlushScope::Reload;
         self.owe_everything();
     }
