@@ -151,6 +151,7 @@ pub const FAMILIES: &[Family] = &[
     Family {
         rows: &[
             new("shadow_fault", NS).target(150.0).kvm(357.0),
+            new("shadow_fault_nested", NS),
             new("shadow_age", NS).target(5.5).kvm(6.1),
             new("shadow_age_idle", NS).target(0.6).kvm(2.6),
             new("cr3_switch", "ns"),

@@ -66,6 +66,11 @@ impl Tables {
         self.root
     }
 
+    /// Page of the hypervisor's top table.
+    pub fn eptp(&self) -> u64 {
+        self.eptp
+    }
+
     pub fn walk(&self, pages: impl Iterator<Item = u64>) {
         let walker = GuestWalker::new(&GuestCpu::baseline(), GuestControls::LONG);
         let walker = walker.expect("a processor that exists");

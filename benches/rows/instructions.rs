@@ -11,6 +11,7 @@ use crate::dirty::{collapse, split};
 use crate::guest::Tables;
 use crate::harness::Random;
 use crate::host::{Shape, Vm, expect, forbidden_write, map, write};
+use crate::shadow;
 use crate::walk::{look, look_batch, look_once};
 
 /// Rows that can be counted.
@@ -39,6 +40,10 @@ pub const NAMES: &[&str] = &[
     "collapse",
     "guest_walk",
     "guest_walk_2d",
+    "shadow_fault",
+    "shadow_fault_nested",
+    "shadow_age",
+    "shadow_age_idle",
 ];
 
 /// Pages that exist, however many are used.
@@ -58,6 +63,10 @@ pub fn run(row: &str, count: u64) -> Result<(), String> {
             "guest_walk" => tables.walk(0..count),
             _ => tables.walk_nested(0..count),
         }
+        return Ok(());
+    }
+    if row.starts_with("shadow") {
+        shadow(row, count);
         return Ok(());
     }
     let level = match row {
@@ -94,6 +103,28 @@ pub fn run(row: &str, count: u64) -> Result<(), String> {
         _ => on_mapped(row, &mut vm, &order, count),
     }
     Ok(())
+}
+
+fn shadow(row: &str, count: u64) {
+    let order = Random::new(5).permutation(PAGES);
+    let some = order[..count as usize].iter().map(|page| u64::from(*page));
+    if row == "shadow_fault_nested" {
+        let mut vm = shadow::NestedVm::new(PAGES);
+        some.for_each(|page| vm.fault(page));
+        return;
+    }
+    let mut vm = shadow::Vm::new(PAGES);
+    match row {
+        "shadow_fault" => some.for_each(|page| vm.fault(page)),
+        _ => {
+            (0..PAGES).for_each(|page| vm.fault(page));
+            if row == "shadow_age_idle" {
+                assert_eq!(vm.age(PAGES), PAGES);
+            }
+            let young = if row == "shadow_age" { count } else { 0 };
+            assert_eq!(vm.age(count), young);
+        }
+    }
 }
 
 fn logged(row: &str, vm: &mut Vm, count: u64) {

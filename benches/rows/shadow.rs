@@ -1,17 +1,20 @@
 //! Shadow paging: faults on tables that follow a guest's, aging over reverse maps, root switches.
 //!
 //! The guest maps its pages to themselves by four levels of 4 KiB tables, so the shadow of a page
-//! is one leaf. A fault includes the walk over the guest's tables; KVM's figures do too.
+//! is one leaf. A fault includes the walk over the guest's tables; KVM's figures do too. A nested
+//! guest's fault is walked over the EPT of its hypervisor and ends in the EPT that the CPU walks.
 
 use std::sync::{Arc, Mutex};
 
-use mmu_core::addr::{Gfn, GfnRange, Gva, Level, PAGE_SIZE};
+use mmu_core::access::Access;
+use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Level, PAGE_SIZE};
 use mmu_core::fault::FaultOutcome;
-use mmu_core::spte::{Capabilities, Legacy, SpteConfig};
+use mmu_core::spte::{Capabilities, Ept, Legacy, SpteConfig, SpteFormat};
 use mmu_core::sync::relax;
 use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 use shadow_mmu::guest::{
-    GuestControls, GuestCpu, GuestRoot, GuestWalker, Operation, Privilege, Request,
+    EptCpu, GuestControls, GuestCpu, GuestRoot, GuestWalker, NestedRequest, NestedWalker,
+    Operation, Privilege, Purpose, Request,
 };
 use shadow_mmu::rmap::{RmapKey, Rmaps};
 use shadow_mmu::{
@@ -23,28 +26,36 @@ use crate::harness::{Bench, Random, time};
 use crate::host::{BenchHost, vm_core};
 
 /// The embedder's mutex.
-struct Lock(Mutex<ShadowWriter<Legacy, BenchHost>>);
+struct Lock<F: SpteFormat>(Mutex<ShadowWriter<F, BenchHost>>);
 
-impl WriterLock<Legacy, BenchHost> for Lock {
-    fn with<R>(&self, work: impl FnOnce(&mut ShadowWriter<Legacy, BenchHost>) -> R) -> R {
+impl<F: SpteFormat> WriterLock<F, BenchHost> for Lock<F> {
+    fn with<R>(&self, work: impl FnOnce(&mut ShadowWriter<F, BenchHost>) -> R) -> R {
         work(&mut self.0.lock().expect("no panic"))
     }
 }
 
 /// A VM on shadow tables, with one vCPU.
-struct Vm {
+pub struct Vm {
     mmu: Arc<ShadowMmu<Legacy, BenchHost>>,
-    lock: Lock,
+    lock: Lock<Legacy>,
     vcpu: ShadowVcpu<Legacy, BenchHost>,
     guest: GuestWalker,
     tables: Tables,
     pages: u64,
 }
 
+/// A nested guest's handle on shadow tables.
+pub struct NestedVm {
+    lock: Lock<Ept>,
+    vcpu: ShadowVcpu<Ept, BenchHost>,
+    nested: NestedWalker,
+    tables: Tables,
+}
+
 const ROLES: [RoleFlags; 2] = [RoleFlags::empty(), RoleFlags::WP];
 
 impl Vm {
-    fn new(pages: u64) -> Self {
+    pub fn new(pages: u64) -> Self {
         let config = SpteConfig::<Legacy>::new(Capabilities::legacy()).expect("possible tables");
         // Leaf tables twice, for two roles.
         let (core, _slots) = vm_core(pages, pages / 256 + 1024, config.max_gfn_exclusive());
@@ -64,7 +75,7 @@ impl Vm {
         let _ = loaded.expect("memory");
     }
 
-    fn fault(&mut self, page: u64) {
+    pub fn fault(&mut self, page: u64) {
         let root = GuestRoot::Cr3(self.tables.root() * PAGE_SIZE);
         let read = Request::new(Operation::Read, Privilege::User);
         let gva = Gva::new(page * PAGE_SIZE);
@@ -77,14 +88,37 @@ impl Vm {
         GfnRange::from_len(Gfn::new(0), self.pages)
     }
 
-    /// Age everything once; the young pages.
-    fn age(&mut self) -> u64 {
-        let request = AgeRequest::new(self.all(), AgeMode::Clear);
+    /// Age the first pages once; the young among them.
+    pub fn age(&mut self, pages: u64) -> u64 {
+        let request = AgeRequest::new(GfnRange::from_len(Gfn::new(0), pages), AgeMode::Clear);
         self.mmu.age(self.vcpu.actor(), request, &mut CountOnly).young
     }
 }
 
-/// `shadow_fault` in random order, `shadow_age` with all young and `shadow_age_idle` with none,
+impl NestedVm {
+    pub fn new(pages: u64) -> Self {
+        let config = SpteConfig::<Ept>::new(Capabilities::ept()).expect("possible tables");
+        let (core, _slots) = vm_core(pages, pages / 256 + 1024, config.max_gfn_exclusive());
+        let (mmu, writer) = ShadowMmu::create(core, config, u32::MAX);
+        let mut vcpu = ShadowVcpu::new(&mmu).expect("room");
+        let nested = NestedWalker::ept(Level::L4, &EptCpu::baseline()).expect("four levels");
+        let (lock, tables) = (Lock(Mutex::new(writer)), Tables::new(pages));
+        let eptp = tables.eptp() * PAGE_SIZE;
+        let _ = vcpu.load_nested_root(&lock, &nested, &tables, eptp, 0).expect("memory");
+        Self { lock, vcpu, nested, tables }
+    }
+
+    pub fn fault(&mut self, page: u64) {
+        let read =
+            NestedRequest { operation: Operation::Read, purpose: Purpose::Final(Access::ALL) };
+        let (eptp, gpa) = (self.tables.eptp() * PAGE_SIZE, Gpa::new(page * PAGE_SIZE));
+        let walk = self.nested.walk(&self.tables, eptp, gpa, read).expect("mapped");
+        let done = self.vcpu.nested_fault(&self.lock, &self.nested, &self.tables, &walk, read);
+        assert!(matches!(done, Ok(FaultOutcome::Fixed)), "{done:?}");
+    }
+}
+
+/// `shadow_fault` and `shadow_fault_nested` in random order, `shadow_age` with all young and `shadow_age_idle` with none,
 /// `cr3_switch` between two roots that the vCPU keeps.
 pub fn rows(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
     // 1 GiB, as KVM was measured.
@@ -93,6 +127,12 @@ pub fn rows(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
     if wanted("shadow_fault") {
         bench.repeat("shadow_fault", pages, || {
             let mut vm = Vm::new(pages);
+            time(|| order.iter().for_each(|page| vm.fault(u64::from(*page))))
+        });
+    }
+    if wanted("shadow_fault_nested") {
+        bench.repeat("shadow_fault_nested", pages, || {
+            let mut vm = NestedVm::new(pages);
             time(|| order.iter().for_each(|page| vm.fault(u64::from(*page))))
         });
     }
@@ -109,12 +149,12 @@ pub fn rows(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
                 let _ = vm.mmu.unmap_in(actor, &vm.lock, &invalidation, range);
                 drop(invalidation);
                 (0..pages).for_each(|page| vm.fault(page));
-                time(|| assert_eq!(vm.age(), pages))
+                time(|| assert_eq!(vm.age(pages), pages))
             });
         }
         if wanted("shadow_age_idle") {
-            let _ = vm.age();
-            bench.repeat("shadow_age_idle", pages, || time(|| assert_eq!(vm.age(), 0)));
+            let _ = vm.age(pages);
+            bench.repeat("shadow_age_idle", pages, || time(|| assert_eq!(vm.age(pages), 0)));
         }
         if wanted("cr3_switch") {
             ROLES.into_iter().for_each(|role| vm.load(role));

@@ -67,8 +67,8 @@ impl Blocks {
                 count.is_some_and(|count| count.load(Ordering::Relaxed) != 0)
             })
         };
-        let free = LARGE.into_iter().take_while(|level| !shadowed(*level)).last();
-        free.unwrap_or(Level::L1).min(cap)
+        let free = LARGE.into_iter().take_while(|level| *level <= cap && !shadowed(*level)).last();
+        free.unwrap_or(Level::L1)
     }
 }
 

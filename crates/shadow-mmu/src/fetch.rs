@@ -24,7 +24,7 @@ use crate::guest::{
 };
 use crate::page::{NewPage, ShadowPage, Shadowed};
 use crate::resolve::{Accessed, Target, needed, nested_needs};
-use crate::rmap::{MAX_ALIASES, RmapKey, SPACES};
+use crate::rmap::{MAX_ALIASES, RmapError, RmapKey, SPACES};
 use crate::role::{ChildShape, PageRole, RoleFlags};
 use crate::spte_ref::{PageId, SpteRef};
 use crate::sync::Synced;
@@ -44,6 +44,15 @@ pub(crate) enum Attempt {
     Done(FaultOutcome),
     /// Something was changed that needs a flush first, or that needs another look.
     Again,
+    /// Links are missing, for which there must be room first. Nothing was changed.
+    Room,
+}
+
+/// Is there memory for whatever shadow pages and links the fault may make? Most faults make none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Room {
+    Unknown,
+    Made,
 }
 
 impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
@@ -123,10 +132,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         };
         self.actor.top_up(usize::try_from(PAGES_PER_FAULT).unwrap_or(4))?;
         lock.with(|writer| {
-            let wanted = writer.work(&mut self.actor, |work| work.missing_pages(&target));
-            writer.make_room(&mut self.actor, wanted);
-            writer.reserve_for(&target, self.role)?;
-            let outcome = self.install(writer, guest, mem, &target);
+            let outcome = self.install(writer, guest, mem, &target)?;
             if target.logged && target.write && outcome == FaultOutcome::Fixed {
                 // With the writer held: a harvest that comes next finds the mark.
                 let page = GfnRange::from_len(target.path.gfn, 1);
@@ -143,32 +149,44 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
-    ) -> FaultOutcome {
+    ) -> Result<FaultOutcome, ShadowError> {
+        let mut room = Room::Unknown;
+        writer.reserve_leaf(target, self.role)?;
         for _ in 0..MAX_ATTEMPTS {
             let attempt = writer.work_with_frames(&mut self.actor, |work, cache| {
-                work.attempt(cache, guest, mem, target)
+                work.attempt(cache, guest, mem, target, room)
             });
             match attempt {
-                Attempt::Done(outcome) => return outcome,
+                Attempt::Done(outcome) => return Ok(outcome),
                 Attempt::Again => {}
+                Attempt::Room => {
+                    let wanted = writer.work(&mut self.actor, |work| work.missing_pages(target));
+                    writer.make_room(&mut self.actor, wanted);
+                    writer.reserve_tables(target, self.role)?;
+                    room = Room::Made;
+                }
             }
         }
         // Each attempt made progress; the guest may have others to make room for.
-        FaultOutcome::Retry
+        Ok(FaultOutcome::Retry)
     }
 }
 
 impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
-    /// Take the memory that a fault may need.
-    fn reserve_for(&mut self, target: &Target<'_>, role: PageRole) -> Result<(), ShadowError> {
-        let path = target.path;
-        let tables = path.entries.iter().map(|entry| Gfn::containing(entry.gpa));
-        self.reserve_pages(PAGES_PER_FAULT, role.space(), tables)?;
-        let space = role.space();
+    /// Take the memory that the leaf may need.
+    fn reserve_leaf(&mut self, target: &Target<'_>, role: PageRole) -> Result<(), ShadowError> {
+        let (space, gfn) = (role.space(), target.path.gfn);
         // Any up to the goal: tables with a shadow may be in the way of a huge leaf.
-        for level in Level::ALL.into_iter().filter(|level| *level <= target.goal) {
-            self.rmap.reserve(RmapKey { space, level, gfn: path.gfn })?;
+        for level in Level::ALL.into_iter().take_while(|level| *level <= target.goal) {
+            self.rmap.reserve(RmapKey { space, level, gfn })?;
         }
+        Ok(())
+    }
+
+    /// Take the memory that missing tables may need, and the leaf.
+    fn reserve_tables(&mut self, target: &Target<'_>, role: PageRole) -> Result<(), ShadowError> {
+        let tables = target.path.entries.iter().map(|entry| Gfn::containing(entry.gpa));
+        self.reserve_pages(PAGES_PER_FAULT, role.space(), tables)?;
         // One for the leaf's list, too.
         Ok(self.reserve_links(PAGES_PER_FAULT + 1)?)
     }
@@ -182,6 +200,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
+        room: Room,
     ) -> Attempt {
         let pages = GfnRange::entry(target.path.gfn, target.goal);
         if self.vm.slots().generation() != target.generation
@@ -212,7 +231,12 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             if level == self.writer.blocks.max_level(target.path.gfn, target.goal) {
                 return self.install_leaf(place, target, level);
             }
-            match self.step_down(cache, guest, mem, place, target) {
+            let next = match self.step_down(place, target) {
+                Some(child) => Ok(child),
+                None if room == Room::Unknown => return Attempt::Room,
+                None => self.step_into(cache, guest, mem, place, target),
+            };
+            match next {
                 Ok(child) => at = child,
                 Err(attempt) => return attempt,
             }
@@ -244,8 +268,17 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         self.writer.is_current(target.root) && same
     }
 
-    /// The page that the entry must link, linked.
-    fn step_down<M: GuestMem + ?Sized>(
+    /// The page that the entry must link, if it does.
+    fn step_down(&self, place: SpteRef, target: &Target<'_>) -> Option<PageId> {
+        // What is linked may lag behind the guest's table until the guest flushes.
+        let child = self.child_at(place)?;
+        let page = self.writer.pages.get(child)?;
+        let parent = self.writer.pages.get(place.page())?;
+        ((page.gfn, page.role) == child_of(parent, place.index(), target)).then_some(child)
+    }
+
+    /// The page that the entry must link, linked; it does not link it yet.
+    fn step_into<M: GuestMem + ?Sized>(
         &mut self,
         cache: &mut mmu_core::frame::MmuCache,
         guest: EntryFormat<'_>,
@@ -259,12 +292,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         };
         let (level, path) = (parent.level(), target.path);
         let (gfn, role) = child_of(parent, place.index(), target);
-        if let Some(child) = self.linked_child(place, level)? {
-            let page = self.writer.pages.get(child);
-            if page.is_some_and(|page| page.gfn == gfn && page.role == role) {
-                // What is linked may lag behind the guest's table until the guest flushes.
-                return Ok(child);
-            }
+        if self.linked_child(place, level)?.is_some() {
             // Another table of the guest, or another view of it (KVM rows 4.24, 4.25; bug B01).
             let _ = self.drop_entry(place);
             return Err(Attempt::Again);
@@ -427,18 +455,19 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             return Attempt::Again;
         }
         let key = RmapKey { space, level, gfn };
-        if self.writer.rmap.len(key) >= MAX_ALIASES {
-            let mut gone = ShadowZap::default();
-            self.zap_list(key, &mut gone);
-            self.writer.stats.rmap_recycled += gone.leaves;
-            return Attempt::Again;
+        match self.writer.rmap.add_within(key, place, MAX_ALIASES) {
+            Ok(_) => {}
+            Err(RmapError::Full { .. }) => {
+                let mut gone = ShadowZap::default();
+                self.zap_list(key, &mut gone);
+                self.writer.stats.rmap_recycled += gone.leaves;
+                return Attempt::Again;
+            }
+            // Reserved for other lists than this one: the level went down meanwhile.
+            Err(_) => return Attempt::Done(FaultOutcome::Retry),
         }
         if !direct && let Some(page) = self.writer.pages.get_mut(place.page()) {
             page.set_shadowed(place.index(), Shadowed::new(gfn, target.access));
-        }
-        if self.writer.rmap.add(key, place).is_err() {
-            // Reserved for other lists than this one: the level went down meanwhile.
-            return Attempt::Done(FaultOutcome::Retry);
         }
         self.put(cell, leaf, level);
         Attempt::Done(FaultOutcome::Fixed)

@@ -361,8 +361,8 @@ impl RmapWriter {
     pub fn reserve(&mut self, key: RmapKey) -> Result<(), RmapError> {
         let outside = RmapError::Outside { key };
         let heads = self.rmaps.heads(key.space, key.level).ok_or(outside)?;
-        heads.provide(key.gfn.get() >> key.level.shift())?.ok_or(outside)?;
-        if self.len(key) >= INLINE {
+        let head = heads.provide(key.gfn.get() >> key.level.shift())?.ok_or(outside)?;
+        if chain_of(head).len() >= INLINE {
             self.descs.reserve(SPILL)?;
         }
         Ok(())
@@ -375,9 +375,22 @@ impl RmapWriter {
     /// [`RmapError::NotReserved`], [`RmapError::Full`]; the list is as before.
     #[doc(alias = "rmap_add")]
     pub fn add(&mut self, key: RmapKey, spte: SpteRef) -> Result<u32, RmapError> {
-        let rmaps = Arc::clone(&self.rmaps);
+        self.add_within(key, spte, u32::MAX)
+    }
+
+    /// The same if fewer than `most` entries are on the list, else [`RmapError::Full`].
+    pub(crate) fn add_within(
+        &mut self,
+        key: RmapKey,
+        spte: SpteRef,
+        most: u32,
+    ) -> Result<u32, RmapError> {
+        let rmaps = &*self.rmaps;
         let head = rmaps.head(key).ok_or(RmapError::NotReserved { key })?;
-        let added = replace(&rmaps, head, |chain| {
+        let added = replace(rmaps, head, |chain| {
+            if chain.len() >= most {
+                return Err(RmapError::Full { key });
+            }
             chain.push(&mut self.descs, spte).map_err(|why| match why {
                 Full::Length => RmapError::Full { key },
                 Full::Unreserved => RmapError::NotReserved { key },
@@ -397,9 +410,9 @@ impl RmapWriter {
     #[doc(alias = "rmap_remove")]
     pub fn remove(&mut self, key: RmapKey, spte: SpteRef) -> Result<(), RmapError> {
         let missing = RmapError::Missing { key, spte };
-        let rmaps = Arc::clone(&self.rmaps);
+        let rmaps = &*self.rmaps;
         let head = rmaps.head(key).ok_or(missing)?;
-        let _ = replace(&rmaps, head, |chain| chain.remove(&mut self.descs, spte).ok_or(missing))?;
+        let _ = replace(rmaps, head, |chain| chain.remove(&mut self.descs, spte).ok_or(missing))?;
         if let Some(mapped) = self.mapped.get_mut(key.level.slot()) {
             *mapped -= 1;
         }
@@ -435,10 +448,7 @@ impl RmapWriter {
     }
 
     fn chain(&self, key: RmapKey) -> Chain {
-        let head = self.rmaps.head(key);
-        // ORDERING[rmap-lock]: Relaxed. Only the writer, borrowed here, changes it but for the bit
-        // lock, which `from_word` leaves out.
-        head.map_or(Chain::EMPTY, |head| Chain::from_word(head.load(Ordering::Relaxed)))
+        self.rmaps.head(key).map_or(Chain::EMPTY, chain_of)
     }
 
     /// Entries on all lists of a level.
@@ -452,6 +462,13 @@ impl RmapWriter {
     pub const fn descriptors(&self) -> u32 {
         self.descs.in_use()
     }
+}
+
+/// What a list says to the writer.
+fn chain_of(head: &AtomicU64) -> Chain {
+    // ORDERING[rmap-lock]: Relaxed. Only the writer, borrowed by who asks, changes it but for the
+    // bit lock, which `from_word` leaves out.
+    Chain::from_word(head.load(Ordering::Relaxed))
 }
 
 /// Replace a list by what `change` makes of it, under its lock; gives the new one.

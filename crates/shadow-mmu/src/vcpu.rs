@@ -205,7 +205,9 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             .work_with_frames(&mut self.actor, |work, cache| work.make_page(cache, gfn, role));
         match made {
             Ok(root) => Ok(root),
-            Err(Attempt::Again | Attempt::Done(_)) => Err(ShadowError::NoMemory { bytes: 0 }),
+            Err(Attempt::Again | Attempt::Room | Attempt::Done(_)) => {
+                Err(ShadowError::NoMemory { bytes: 0 })
+            }
         }
     }
 
