@@ -394,3 +394,238 @@ fn fill(mask: &mut [u64; MASK_WORDS], block: GfnRange) {
 fn ones(mask: &[u64; MASK_WORDS]) -> u64 {
     mask.iter().map(|word| u64::from(word.count_ones())).sum()
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    use super::*;
+
+    /// A precise pass that is alone: had it to flush for others?
+    fn precise(notes: &Unflushed) -> bool {
+        let own = notes.begin();
+        let due = notes.due(Some(own)).unwrap();
+        notes.flushed(due);
+        notes.end();
+        due.of_others
+    }
+
+    /// A pass that clears and does not flush.
+    fn coarse(notes: &Unflushed) {
+        let _ = notes.begin();
+        notes.end();
+    }
+
+    #[test]
+    fn quiet_calls_owe_nothing() {
+        let notes = Unflushed::new();
+        assert_eq!(notes.due(None), None, "nobody cleared anything");
+        for _ in 0..3 {
+            assert!(!precise(&notes), "it flushes what it cleared itself");
+            assert_eq!(notes.due(None), None);
+        }
+        for passes in 1..4 {
+            (0..passes).for_each(|_| coarse(&notes));
+            assert!(precise(&notes));
+            assert!(!precise(&notes));
+            assert_eq!(notes.due(None), None);
+            (0..passes).for_each(|_| coarse(&notes));
+            let due = notes.due(None).unwrap();
+            assert!(due.of_others && due.quiet);
+            notes.flushed(due);
+            assert_eq!(notes.due(None), None);
+            assert!(!precise(&notes));
+        }
+    }
+
+    /// What the first took on itself is not flushed yet when the second comes back.
+    #[test]
+    fn a_precise_pass_beside_another_flushes_too() {
+        for before in [0, 1] {
+            let notes = Unflushed::new();
+            (0..before).for_each(|_| coarse(&notes));
+            let first = notes.begin();
+            let first = notes.due(Some(first)).unwrap();
+            assert_eq!(first.of_others, before != 0);
+            let second = notes.begin();
+            let second = notes.due(Some(second)).unwrap();
+            assert!(second.of_others, "the first is not complete");
+            assert!(notes.due(None).is_some(), "nor the second");
+            notes.flushed(second);
+            notes.end();
+            assert!(notes.due(None).is_some(), "the first is not over");
+            notes.flushed(first);
+            notes.end();
+            // One more pays for what was not sure.
+            assert!(precise(&notes));
+            assert!(!precise(&notes));
+        }
+    }
+
+    #[test]
+    fn what_is_cleared_during_a_flush_is_not_forgotten() {
+        for over in [false, true] {
+            let notes = Unflushed::new();
+            let own = notes.begin();
+            if !over {
+                // It has begun when the flush is asked for, and clears afterwards.
+                let _ = notes.begin();
+            }
+            let due = notes.due(Some(own)).unwrap();
+            assert_eq!(due.quiet, over);
+            if over {
+                let _ = notes.begin();
+            }
+            notes.end();
+            notes.flushed(due);
+            notes.end();
+            assert!(notes.due(None).is_some(), "{over}");
+            assert!(precise(&notes), "{over}");
+            assert_eq!(notes.due(None), None);
+        }
+    }
+
+    /// A step of a thread, in a world of one page.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Step {
+        Begin,
+        /// Looks at the page's entry, clears A if it is set, and says young.
+        Clear,
+        Due,
+        Flush,
+        Flushed,
+        End,
+        /// The guest accesses the page: A is set, unless the TLB has the entry.
+        Access,
+    }
+
+    use Step::{Access, Begin, Clear, Due as Ask, End, Flush, Flushed};
+    const PRECISE: &[Step] = &[Begin, Clear, Ask, Flush, Flushed, End];
+    const COARSE: &[Step] = &[Begin, Clear, End];
+    const FLUSH_AGED: &[Step] = &[Ask, Flush, Flushed];
+    const GUEST: &[Step] = &[Access, Access];
+
+    /// What a thread knows.
+    #[derive(Clone, Copy, Debug, Default)]
+    struct Knows {
+        own: Option<u64>,
+        due: Option<Due>,
+        /// It cleared A itself.
+        cleared: bool,
+        /// So many clears of the page must have been flushed when it is over.
+        relies_on: u64,
+    }
+
+    /// One page that is in a TLB as long as nobody flushes.
+    #[derive(Debug)]
+    struct Page {
+        notes: Unflushed,
+        accessed: bool,
+        /// Clears so far, and how many of them came before the last flush.
+        clears: u64,
+        flushed: u64,
+        /// Clears by calls that are over.
+        over: u64,
+        threads: Vec<Knows>,
+    }
+
+    impl Page {
+        fn new(threads: usize) -> Self {
+            let threads = vec![Knows::default(); threads];
+            let notes = Unflushed::new();
+            Self { notes, accessed: true, clears: 0, flushed: 0, over: 0, threads }
+        }
+
+        /// Do a step of a thread; `false` if it breaks a promise.
+        fn step(&mut self, thread: usize, steps: &[Step], step: Step) -> bool {
+            let (precise, asks) = (steps == PRECISE, steps == FLUSH_AGED);
+            let Self { notes, threads, .. } = self;
+            let knows = &mut threads[thread];
+            match step {
+                Begin => knows.own = Some(notes.begin()),
+                Clear => {
+                    if core::mem::take(&mut self.accessed) {
+                        self.clears += 1;
+                        knows.cleared = true;
+                    }
+                    knows.relies_on = self.clears;
+                }
+                Ask => {
+                    knows.due = notes.due(knows.own);
+                    if asks {
+                        // Those of calls that are not over may come later, too.
+                        knows.relies_on = self.over;
+                    }
+                }
+                Flush => {
+                    if knows.cleared || knows.due.is_some_and(|due| due.of_others) {
+                        self.flushed = self.clears;
+                    }
+                }
+                Flushed => {
+                    if let Some(due) = knows.due {
+                        notes.flushed(due);
+                    }
+                }
+                End => notes.end(),
+                Access => self.accessed |= self.clears == self.flushed,
+            }
+            let last = steps.last() == Some(&step);
+            if last && !asks {
+                self.over = self.over.max(if knows.cleared { knows.relies_on } else { 0 });
+            }
+            !(last && (precise || asks)) || knows.relies_on <= self.flushed
+        }
+    }
+
+    /// Every order of the steps left; how many there are.
+    fn all_orders(programs: &[&[Step]], done: &mut Vec<usize>) -> u64 {
+        let at = |thread: usize| done.iter().filter(|one| **one == thread).count();
+        let places: Vec<usize> = (0..programs.len()).map(at).collect();
+        if places.iter().zip(programs).all(|(place, steps)| *place == steps.len()) {
+            run(programs, done);
+            return 1;
+        }
+        let mut orders = 0;
+        for (thread, place) in places.into_iter().enumerate() {
+            if place < programs[thread].len() {
+                done.push(thread);
+                orders += all_orders(programs, done);
+                done.pop();
+            }
+        }
+        orders
+    }
+
+    fn run(programs: &[&[Step]], order: &[usize]) {
+        let mut page = Page::new(programs.len());
+        let mut places = vec![0; programs.len()];
+        for thread in order {
+            let steps = programs[*thread];
+            let kept = page.step(*thread, steps, steps[places[*thread]]);
+            places[*thread] += 1;
+            assert!(kept, "{programs:?}: the page is believed cold in {order:?}: {page:?}");
+        }
+        let forgotten = page.flushed < page.clears && page.notes.due(None).is_none();
+        assert!(!forgotten, "{programs:?}: nobody flushes after {order:?}: {page:?}");
+    }
+
+    /// Nothing that was cleared is believed cold before a flush after it, in any order of the steps
+    /// of two calls or three.
+    #[test]
+    fn nothing_cleared_is_believed_cold_before_a_flush() {
+        let threads: [(&[&[Step]], u64); 7] = [
+            (&[PRECISE, PRECISE], 924),
+            (&[PRECISE, COARSE], 84),
+            (&[PRECISE, FLUSH_AGED], 84),
+            (&[COARSE, FLUSH_AGED], 20),
+            (&[PRECISE, PRECISE, GUEST], 84_084),
+            (&[PRECISE, COARSE, FLUSH_AGED], 18_480),
+            (&[PRECISE, PRECISE, COARSE], 420_420),
+        ];
+        for (programs, orders) in threads {
+            assert_eq!(all_orders(programs, &mut Vec::new()), orders);
+        }
+    }
+}
