@@ -15,7 +15,9 @@ use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Hpa, Level};
 use mmu_core::fault::{FaultError, FaultOutcome};
 use mmu_core::slot::{SlotFlags, SlotRequest};
 use mmu_core::spte::{Capabilities, Legacy};
-use mmu_core::traits::{AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, Effort, MASK_WORDS};
+use mmu_core::traits::{
+    AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, CountOnly, Effort, MASK_WORDS,
+};
 use mmu_model::{Access, AccessKind, Random};
 use shadow_mmu::guest::{
     GuestControls, GuestCpu, GuestRoot, GuestWalk, GuestWalker, PointerError, Privilege, Request,
@@ -717,6 +719,23 @@ fn a_fast_call_keeps_to_its_budget_and_forgets_no_use() {
             assert!(told.young.is_subset(&used), "{mode:?}, {budget}: {told:?}");
             assert_eq!(told.unknown.is_empty(), budget == leaves, "{mode:?}, {budget}");
         }
+    }
+    world.finish();
+}
+
+/// Row 5.10: a range that ends inside a huge page is looked at once, and then all is told.
+#[test]
+fn a_range_that_ends_inside_a_huge_page_is_looked_at_once() {
+    let mut world = twice(&[5]);
+    for (first, end, entries) in [(0, 1, 1), (5, 6, 2), (0, 100, 2), (100, 511, 1), (0, 512, 2)] {
+        touch(&world, 0);
+        let range = GfnRange::new(Gfn::new(BLOCK + first), Gfn::new(BLOCK + end));
+        // Ends also what would go on for ever.
+        let request = AgeRequest::new(range, AgeMode::Clear).with_budget(1000);
+        let report = world.rig.mmu.age(&mut world.rig.notifier, request, &mut CountOnly);
+        let pages = end - first;
+        let wanted = AgeReport { mapped: pages, young: pages, entries, ..report };
+        assert_eq!((report.next, report), (range.end, wanted));
     }
     world.finish();
 }
