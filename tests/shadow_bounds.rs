@@ -1,8 +1,8 @@
 //! Work that shadow paging does at a stretch: others have a turn with the writer, with sections and
 //! with lists before long, whatever the guest's tables look like.
 //!
-//! A guest with many tables, or with pages of 1 GiB, on a machine with many frames. How much is done
-//! at a stretch is counted, not measured.
+//! A guest with many tables, or with pages of 1 GiB, on a machine with many frames. How much is
+//! done at a stretch is counted, not measured.
 
 mod common;
 mod shadow_support;
@@ -111,7 +111,7 @@ fn out_of_sync() -> Guest {
     for number in 0..TABLES {
         guest.fault(number * M2, Operation::Read);
         // The table itself becomes writable.
-        guest.fault(TABLES * M2 | number << 12, Operation::Write);
+        guest.fault(TABLES * M2 + (number << 12), Operation::Write);
         guest.put(3 + number, 0, 601 << 12 | ALL);
     }
     assert_eq!(guest.rig.stats().unsyncs, TABLES);
@@ -210,7 +210,7 @@ fn a_root_that_goes_during_its_synchronisation_leads_nowhere() {
 fn many_pages(policy: ReclaimPolicy) -> Guest {
     const HUGE: u64 = 10;
     let mut guest = Guest::new((HUGE + 1) * G1_PAGES, 3, Level::L1, policy);
-    (0..HUGE).for_each(|number| guest.put(1, number, (number + 1) * G1 | PS | ALL));
+    (0..HUGE).for_each(|number| guest.put(1, number, ((number + 1) * G1) | PS | ALL));
     (0..HUGE * 512).for_each(|block| guest.fault(block * M2, Operation::Read));
     // Root, level 3, one at level 2 for each page.
     assert_eq!(u64::from(guest.rig.lock.0.lock().unwrap().live_pages()), 2 + HUGE + HUGE * 512);
@@ -237,8 +237,8 @@ fn pages_are_reclaimed_a_few_at_a_time() {
     }
 }
 
-/// KVM rows 4.49, 4.50: where all pages are in use, reclaim looks at some, four times, and then goes
-/// by age.
+/// KVM rows 4.49, 4.50: where all pages are in use, reclaim looks at some, four times, and then
+/// goes by age.
 #[test]
 fn reclaim_looks_at_a_thousand_pages_in_a_round() {
     const LOOKS: u64 = 1024;

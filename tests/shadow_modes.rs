@@ -740,8 +740,8 @@ fn a_range_that_ends_inside_a_huge_page_is_looked_at_once() {
     world.finish();
 }
 
-/// Rows 4.26, 4.60: a frame that becomes a table in one address space lies under no huge leaf of the
-/// other, before and after.
+/// Rows 4.26, 4.60: a frame that becomes a table in one address space lies under no huge leaf of
+/// the other, before and after.
 #[test]
 fn no_huge_leaf_lies_over_a_table_of_another_address_space() {
     for (data, other) in [(0, 1), (1, 0)] {

@@ -462,8 +462,8 @@ fn a_root_of_another_level_is_refused() {
     world.finish();
 }
 
-/// Row 4.33: tables that are linked many times on every level are met by many ways, millions of them
-/// here; the search for what is out of sync takes few.
+/// Row 4.33: tables that are linked many times on every level are met by many ways, millions of
+/// them here; the search for what is out of sync takes few.
 #[test]
 fn the_search_for_tables_out_of_sync_does_not_take_every_way() {
     const WAYS: u64 = 256;
@@ -566,6 +566,36 @@ fn a_full_ring_stops_a_write_before_anything_is_changed() {
     let told = world.rig.vcpu.actor().ring().unwrap().consumer().map(|page| page.offset);
     assert!(told.eq(again.map(|(_, page)| page)));
     world.finish();
+}
+
+/// Invariant I8, row 4.34: that a page was written stays known when its entry follows the guest's
+/// and permits less, and when it is used again.
+#[test]
+fn what_was_written_stays_known_when_an_entry_changes() {
+    for used_again in [false, true] {
+        let mut world = guest();
+        put(&world, LOWEST, 3, LOWEST << 12 | ALL);
+        for gva in [0, 0x3000] {
+            assert_eq!(fault(&mut world, gva, Operation::Write), Ok(FaultOutcome::Fixed));
+        }
+        put(&world, LOWEST, 0, PAGE << 12 | P | U | A | D);
+        world.load_cr3(0);
+        assert_eq!(reached(&world, 0), Some((PAGE, false)));
+        if used_again {
+            let (mode, effort) = (AgeMode::ClearFlush, Effort::Full);
+            let (mmu, notifier) = (&world.rig.mmu, &mut world.rig.notifier);
+            assert_eq!(mmu.age_gfn(notifier, Gfn::new(PAGE), mode, effort), AgeAnswer::Young);
+            assert_eq!(fault(&mut world, 0, Operation::Read), Ok(FaultOutcome::Fixed));
+        }
+        let range = GfnRange::from_len(Gfn::new(PAGE), 1);
+        let vm = Arc::clone(world.rig.mmu.vm());
+        let invalidation = vm.notify().begin(world.rig.notifier.participant(), range);
+        let (lock, actor) = (&world.rig.lock, &mut world.rig.notifier);
+        let gone = world.rig.mmu.unmap_in(actor, lock, &invalidation, range);
+        drop(invalidation);
+        assert_eq!((gone.leaves, gone.dirty), (1, 1), "used again: {used_again}");
+        world.finish();
+    }
 }
 
 /// Rows 4.26, 4.35, 4.60: a frame that is a table in one address space is protected in the other,

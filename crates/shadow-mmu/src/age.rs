@@ -163,14 +163,19 @@ impl Unflushed {
         // ORDERING[shadow-aged]: Acquire. Pairs with `flushed`.
         let flushed = self.flushed.load(Ordering::Acquire);
         let before = own.map_or(begun, |own| own - 1);
-        let of_others = flushed < before || own.is_some_and(|own| own != begun);
+        let later = own.is_some_and(|own| own != begun);
+        let of_others = flushed < before || (later && !mmu_core::busted!("later_clears_unflushed"));
+        if mmu_core::busted!("flush_noted_early") {
+            // ORDERING[shadow-aged]: Release. The breakage's.
+            self.flushed.fetch_max(begun, Ordering::Release);
+        }
         let quiet = clearing == u64::from(own.is_some());
         (of_others || own.is_some()).then_some(Due { begun, of_others, quiet })
     }
 
     /// The flush is complete.
     fn flushed(&self, due: Due) {
-        if due.quiet {
+        if due.quiet || mmu_core::busted!("late_clears_forgotten") {
             // ORDERING[shadow-aged]: Release. After the flush; pairs with `due`.
             self.flushed.fetch_max(due.begun, Ordering::Release);
         }
@@ -242,7 +247,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
         let base = block.start.align_down(Level::L2);
         let mut whole = self.look(section, shard, Level::L2, base);
         whole.merge(self.look_huge(section, shard, base.align_down(Level::L3)));
-        if whole.is_unknown() {
+        if whole.is_unknown() && !mmu_core::busted!("fast_age_clears_untold") {
             return self.unknown(block, sink);
         }
         let (mut present, mut young) = ([0; MASK_WORDS], [0; MASK_WORDS]);
@@ -276,7 +281,9 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             fill(&mut present, block);
             if whole.young {
                 fill(&mut young, block);
-                unknown = [0; MASK_WORDS];
+                if !mmu_core::busted!("young_told_unknown") {
+                    unknown = [0; MASK_WORDS];
+                }
             }
         }
         self.report.mapped += ones(&present);
@@ -300,7 +307,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             return seen;
         }
         let seen = self.look(section, shard, Level::L3, start);
-        if !seen.unknown {
+        if !seen.unknown || mmu_core::busted!("unknown_remembered") {
             self.huge = Some((start, seen));
         }
         seen
@@ -330,7 +337,10 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             };
             let Some(list) = list else { continue };
             let after = self.report.entries.saturating_add(u64::from(list.len()));
-            if self.request.effort == Effort::Fast && after > self.request.budget {
+            if self.request.effort == Effort::Fast
+                && after > self.request.budget
+                && !mmu_core::busted!("fast_age_over_budget")
+            {
                 // No more is read.
                 seen.unknown = true;
                 continue;
@@ -396,6 +406,11 @@ fn ones(mask: &[u64; MASK_WORDS]) -> u64 {
 }
 
 #[cfg(all(test, not(loom)))]
+#[expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test stops at the first surprise"
+)]
 mod tests {
     use alloc::vec;
     use alloc::vec::Vec;

@@ -209,8 +209,9 @@ impl Rmaps {
         let shift = level.shift();
         let last = end.get().checked_sub(1)? >> shift;
         let index = heads.next_provided(from.get() >> shift, last + 1)?;
+        let next = Gfn::new(index << shift).max(from);
         // The end may lie in the same block as `from`.
-        Some(Gfn::new(index << shift).max(from)).filter(|next| *next < end)
+        (next < end || mmu_core::busted!("walk_without_end")).then_some(next)
     }
 
     /// Bytes of heads and descriptors, with the way to them: what stays allocated until the MMU
