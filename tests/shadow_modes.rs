@@ -637,12 +637,32 @@ fn touch(world: &World<Kernel>, gva: u64) {
 fn age(world: &mut World<Kernel>, mode: AgeMode, effort: Effort, budget: u64) -> (Told, AgeReport) {
     let range = GfnRange::from_len(Gfn::new(BLOCK), 512);
     let request = AgeRequest::new(range, mode).with_budget(budget).with_effort(effort);
+    let (told, report) = ask(world, request);
+    assert_eq!(report.young, told.young.len() as u64);
+    (told, report)
+}
+
+fn ask(world: &mut World<Kernel>, request: AgeRequest) -> (Told, AgeReport) {
     let mut told = Told::default();
     let report = world.rig.mmu.age(&mut world.rig.notifier, request, &mut told);
-    assert_eq!(report.next, range.end);
-    assert_eq!(report.young, told.young.len() as u64);
+    assert_eq!(report.next, request.range.end);
     assert_eq!(report.unknown, told.unknown.len() as u64);
     (told, report)
+}
+
+/// The guest's memory is in the other address space, too.
+fn add_space(world: &mut World<Kernel>) {
+    let vm = Arc::clone(world.rig.mmu.vm());
+    let second = SlotRequest { as_id: 1, ..slot(PAGES, SlotFlags::empty()) };
+    let (slots, actor) = (&mut world.rig.slots, &mut world.rig.notifier);
+    let _ = vm.set_slot(slots, actor, &second, |_, _| {}).unwrap();
+}
+
+/// Go on in an address space, with the tables at `root`.
+fn enter(world: &mut World<Kernel>, root: GuestRoot, space: u16) {
+    (world.guest.root, world.guest.role) = (root, world.guest.role.in_space(space));
+    world.enter_anew();
+    world.forget();
 }
 
 /// The pages of [`twice`]'s block, by their numbers in it.
@@ -693,6 +713,43 @@ fn what_is_told_young_is_not_told_unknown() {
         drop(held);
     }
     world.finish();
+}
+
+/// The same where a page is mapped in two address spaces, and somebody holds the list of one: what
+/// the other says is an answer if it says young, and else nothing was done to it.
+#[test]
+fn young_in_one_address_space_is_an_answer() {
+    let one = |pages: &BTreeSet<u64>| pages.first().copied();
+    for (level, number) in [(Level::L1, 1), (Level::L2, 2)] {
+        let mut world = large_page(block(number));
+        add_space(&mut world);
+        let root = world.guest.root;
+        for space in [0, 1] {
+            enter(&mut world, root, space);
+            world.access(0, AccessKind::Read, true);
+            assert_eq!(world.shadow(0).unwrap().level, level.number());
+        }
+        let (first, rmaps) = (number * 512, Arc::clone(world.rig.mmu.rmaps()));
+        for (held, young) in [(0, true), (0, false), (1, true), (1, false)] {
+            let range = GfnRange::from_len(Gfn::new(first), level.pages());
+            let request = |mode| AgeRequest::new(range, mode);
+            let _ = ask(&mut world, request(AgeMode::ClearFlush));
+            let used = if young { 1 - held } else { held };
+            enter(&mut world, root, used);
+            touch(&world, 0);
+            let list = rmaps.lock(RmapKey { space: held, level, gfn: range.start });
+            assert!(list.is_some());
+            let fast = request(AgeMode::Clear).with_effort(Effort::Fast);
+            let (told, _) = ask(&mut world, fast);
+            let answer = (one(&told.young), one(&told.unknown));
+            let wanted = if young { (Some(first), None) } else { (None, Some(first)) };
+            assert_eq!(answer, wanted, "{level}: space {held} is held, used was {used}");
+            drop(list);
+            let (left, _) = ask(&mut world, request(AgeMode::Test));
+            assert_eq!(one(&left.young).is_some(), !young, "{level}: a use was forgotten");
+        }
+        world.finish();
+    }
 }
 
 /// Row 5.10: a fast call never reads more entries than it may, and a use that it does not tell is
@@ -746,16 +803,8 @@ fn a_range_that_ends_inside_a_huge_page_is_looked_at_once() {
 fn no_huge_leaf_lies_over_a_table_of_another_address_space() {
     for (data, other) in [(0, 1), (1, 0)] {
         let mut world = large_page(block(2));
-        let vm = Arc::clone(world.rig.mmu.vm());
-        let second = SlotRequest { as_id: 1, ..slot(PAGES, SlotFlags::empty()) };
-        let (slots, actor) = (&mut world.rig.slots, &mut world.rig.notifier);
-        let _ = vm.set_slot(slots, actor, &second, |_, _| {}).unwrap();
-        let (root, role) = (world.guest.root, world.guest.role);
-        let enter = |world: &mut World<Kernel>, root, space| {
-            (world.guest.root, world.guest.role) = (root, role.in_space(space));
-            world.enter_anew();
-            world.forget();
-        };
+        add_space(&mut world);
+        let root = world.guest.root;
         enter(&mut world, root, data);
         world.access(0, AccessKind::Write, true);
         assert_eq!(world.shadow(0).unwrap().level, 2);

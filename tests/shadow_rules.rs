@@ -4,18 +4,22 @@ mod common;
 mod shadow_support;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use common::DATA;
+use common::{DATA, TestHost};
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Level};
 use mmu_core::dirty::RingSize;
 use mmu_core::fault::{EmulateReason, FaultOutcome};
 use mmu_core::slot::{LogOptions, SlotFlags, SlotRequest};
-use mmu_core::traits::{AgeAnswer, AgeMode, AgeRange, AgeRequest, CountOnly, Effort};
+use mmu_core::spte::Legacy;
+use mmu_core::traits::{
+    AgeAnswer, AgeMode, AgeRange, AgeRequest, AgeSink, CountOnly, Effort, MASK_WORDS,
+};
+use mmu_core::vm::Actor;
 use mmu_model::AccessKind;
 use shadow_mmu::guest::{GuestRoot, Operation, Privilege, Request};
 use shadow_mmu::rmap::{MAX_ALIASES, RmapKey};
-use shadow_mmu::{PageRole, ReclaimPolicy, RoleFlags, ShadowCount, ShadowError};
+use shadow_mmu::{PageRole, ReclaimPolicy, RoleFlags, ShadowCount, ShadowError, ShadowMmu};
 use shadow_support::rig::{Machine, slot};
 use shadow_support::{A, D, LOWEST, P, PAGES, U, W, World};
 
@@ -447,6 +451,108 @@ fn aging_does_not_wait_for_the_writer() {
     assert_eq!(answer, AgeAnswer::Young);
     drop(held);
     world.finish();
+}
+
+/// Ages all guest memory; did that flush everything, not only what was found young?
+fn flushes_all(
+    mmu: &ShadowMmu<Legacy, TestHost>,
+    actor: &mut Actor<TestHost>,
+    mode: AgeMode,
+) -> bool {
+    let host = mmu.vm().host();
+    let _ = host.take_batches();
+    let range = GfnRange::from_len(Gfn::new(0), PAGES);
+    let _ = mmu.age(actor, AgeRequest::new(range, mode), &mut CountOnly);
+    host.take_batches().iter().any(|batch| batch.covers(GfnRange::ALL))
+}
+
+/// Row 5.5: what was cleared without a flush is flushed for by the next precise pass, or when that
+/// is asked for; and then by nobody again.
+#[test]
+fn what_was_cleared_without_a_flush_is_flushed_once() {
+    use AgeMode::{Clear, ClearFlush, Test};
+    let mut world = guest();
+    read(&mut world, 0);
+    let (mmu, actor) = (Arc::clone(&world.rig.mmu), &mut world.rig.notifier);
+    mmu.vm().host().record(true);
+    let all = GfnRange::from_len(Gfn::new(0), PAGES);
+    for _ in 0..2 {
+        assert!(!flushes_all(&mmu, actor, Test));
+        assert!(!flushes_all(&mmu, actor, ClearFlush), "nothing is owed for others");
+        assert!(!flushes_all(&mmu, actor, Clear), "it does not flush");
+        assert!(flushes_all(&mmu, actor, ClearFlush), "owed for the last one");
+        assert!(!flushes_all(&mmu, actor, ClearFlush), "paid");
+        assert!(!flushes_all(&mmu, actor, Clear));
+        for flushes in [1, 0] {
+            let _ = mmu.vm().host().take_batches();
+            mmu.flush_aged(actor, all);
+            assert_eq!(mmu.vm().host().take_batches().len(), flushes);
+        }
+    }
+    mmu.vm().host().record(false);
+    world.finish();
+}
+
+/// Row 5.5: a flush that was asked for and is not complete is nobody's excuse.
+#[test]
+fn a_precise_pass_during_the_flush_of_another_flushes_too() {
+    let mut world = guest();
+    read(&mut world, 0);
+    let (mmu, actor) = (Arc::clone(&world.rig.mmu), &mut world.rig.notifier);
+    let host = mmu.vm().host();
+    let other = Arc::new(Mutex::new(mmu.vm().actor().unwrap()));
+    // Inside the flush of the first.
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (inner, noted, asks) = (Arc::clone(&mmu), Arc::clone(&seen), Arc::clone(&other));
+    host.before_flush(Some(Arc::new(move |_| {
+        // Not inside its own.
+        if let Ok(mut asks) = asks.try_lock() {
+            noted.lock().unwrap().push(flushes_all(&inner, &mut asks, AgeMode::ClearFlush));
+        }
+    })));
+    host.record(true);
+    assert!(!flushes_all(&mmu, actor, AgeMode::Clear));
+    let _ = flushes_all(&mmu, actor, AgeMode::ClearFlush);
+    assert_eq!(*seen.lock().unwrap(), [true], "believed in a flush that is not complete");
+    host.before_flush(None);
+    assert!(flushes_all(&mmu, actor, AgeMode::ClearFlush), "the passes could not tell");
+    assert!(!flushes_all(&mmu, actor, AgeMode::ClearFlush), "all is paid");
+    host.record(false);
+    drop(other);
+    world.finish();
+}
+
+/// Row 5.5: what a call has cleared that is not over, and will not flush, is flushed for as well.
+#[test]
+fn a_precise_pass_inside_a_call_flushes_what_that_one_cleared() {
+    let mut world = guest();
+    read(&mut world, 0);
+    let mmu = Arc::clone(&world.rig.mmu);
+    let mut other = mmu.vm().actor().unwrap();
+    mmu.vm().host().record(true);
+    let mut inside = Inside { mmu: &mmu, actor: &mut other, flushed: Vec::new() };
+    let all = GfnRange::from_len(Gfn::new(0), PAGES);
+    let request = AgeRequest::new(all, AgeMode::Clear);
+    let report = mmu.age(&mut world.rig.notifier, request, &mut inside);
+    assert_eq!((report.young, inside.flushed), (1, vec![true]), "a TLB hides the page's uses");
+    mmu.vm().host().record(false);
+    drop(other);
+    world.finish();
+}
+
+/// Does a precise pass when it is told of a table.
+struct Inside<'a> {
+    mmu: &'a ShadowMmu<Legacy, TestHost>,
+    actor: &'a mut Actor<TestHost>,
+    flushed: Vec<bool>,
+}
+
+impl AgeSink for Inside<'_> {
+    fn table(&mut self, _: Gfn, _: &[u64; MASK_WORDS], _: &[u64; MASK_WORDS]) {
+        self.flushed.push(flushes_all(self.mmu, self.actor, AgeMode::ClearFlush));
+    }
+
+    fn huge(&mut self, _: Gfn, _: Level, _: bool) {}
 }
 
 /// Arguments that no honest caller gives are errors, and change nothing.

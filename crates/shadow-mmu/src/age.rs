@@ -252,6 +252,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
         }
         let (mut present, mut young) = ([0; MASK_WORDS], [0; MASK_WORDS]);
         let mut unknown = [0; MASK_WORDS];
+        let twice = mmu_core::busted!("young_told_unknown");
         let mut gfn = block.start;
         while gfn < block.end {
             let seen = self.look(section, shard, Level::L1, gfn);
@@ -259,7 +260,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             for (mask, on) in [
                 (&mut present, seen.mapped),
                 (&mut young, seen.young),
-                (&mut unknown, seen.is_unknown()),
+                (&mut unknown, if twice { seen.unknown } else { seen.is_unknown() }),
             ] {
                 if let Some(word) = mask.get_mut(index / WORD) {
                     *word |= u64::from(on) << (index % WORD);
@@ -281,7 +282,7 @@ impl<F: SpteFormat, H: Host> Pass<'_, F, H> {
             fill(&mut present, block);
             if whole.young {
                 fill(&mut young, block);
-                if !mmu_core::busted!("young_told_unknown") {
+                if !twice {
                     unknown = [0; MASK_WORDS];
                 }
             }
