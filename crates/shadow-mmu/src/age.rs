@@ -407,11 +407,8 @@ fn ones(mask: &[u64; MASK_WORDS]) -> u64 {
 }
 
 #[cfg(all(test, not(loom)))]
-#[expect(
-    clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test stops at the first surprise"
-)]
+#[expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#[expect(clippy::indexing_slicing, reason = "likewise")]
 mod tests {
     use alloc::vec;
     use alloc::vec::Vec;
