@@ -7,18 +7,26 @@
 mod common;
 mod shadow_support;
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use common::five;
-use mmu_core::addr::{Gpa, Gva, Hpa};
+use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Hpa, Level};
 use mmu_core::fault::{FaultError, FaultOutcome};
+use mmu_core::slot::{SlotFlags, SlotRequest};
 use mmu_core::spte::{Capabilities, Legacy};
+use mmu_core::traits::{
+    AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, CountOnly, Effort, MASK_WORDS,
+};
 use mmu_model::{Access, AccessKind, Random};
 use shadow_mmu::guest::{
     GuestControls, GuestCpu, GuestRoot, GuestWalk, GuestWalker, PointerError, Privilege, Request,
     WalkError, WalkPath, WriteProtect,
 };
+use shadow_mmu::rmap::RmapKey;
 use shadow_mmu::{PageRole, ReclaimPolicy, ShadowError};
 use shadow_support::memory::Memory;
-use shadow_support::rig::{Rig, operation};
+use shadow_support::rig::{Rig, operation, slot};
 use shadow_support::wide::{
     Guest, PAGES, PHYS, Permits, Seen, Start, TABLES, World, all_addresses, some_address,
     some_target, tables_of,
@@ -556,4 +564,259 @@ fn modes_share_no_shadow_of_a_table() {
     assert!(world.shadow(next).is_some());
     world.check();
     world.finish();
+}
+
+/// What an ager was told, page by page.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Told {
+    mapped: BTreeSet<u64>,
+    young: BTreeSet<u64>,
+    unknown: BTreeSet<u64>,
+}
+
+impl AgeSink for Told {
+    fn table(&mut self, base: Gfn, present: &[u64; MASK_WORDS], young: &[u64; MASK_WORDS]) {
+        for (mask, set) in [(present, &mut self.mapped), (young, &mut self.young)] {
+            let has = |page: &u64| mask[(page / 64) as usize] >> (page % 64) & 1 != 0;
+            set.extend((0..512).filter(has).map(|page| base.get() + page));
+        }
+    }
+
+    fn huge(&mut self, base: Gfn, level: Level, young: bool) {
+        let pages = base.get()..base.get() + level.pages();
+        self.mapped.extend(pages.clone());
+        if young {
+            self.young.extend(pages);
+        }
+    }
+
+    fn unknown(&mut self, range: GfnRange) {
+        self.unknown.extend(range.start.get()..range.end.get());
+    }
+}
+
+/// The block of 2 MiB that [`twice`] maps.
+const BLOCK: u64 = 1024;
+
+/// A guest whose block 2 is mapped by a page of 2 MiB at address 0, and some of it once more by
+/// pages of 4 KiB from 2 MiB on: `aliases`, numbers of pages in the block. All is old.
+fn twice(aliases: &[u64]) -> World<Kernel> {
+    let mut world = large_page(block(2));
+    world.memory.set((6 << 12) + 8, 8, ALL);
+    for (index, page) in (0..).zip(aliases) {
+        world.memory.set(index * 8, 8, (BLOCK + page) << 12 | ALL);
+    }
+    world.remember_all();
+    world.access(0, AccessKind::Read, true);
+    assert_eq!(world.shadow(0).unwrap().level, 2);
+    for index in 0..aliases.len() {
+        let number = at(&world, small(index));
+        world.access(number, AccessKind::Read, true);
+        assert_eq!(world.shadow(number).unwrap().level, 1);
+    }
+    let _ = age(&mut world, AgeMode::ClearFlush, Effort::Full, u64::MAX);
+    world
+}
+
+/// Where alias `index` of [`twice`] is mapped.
+const fn small(index: usize) -> u64 {
+    1 << 21 | (index as u64) << 12
+}
+
+fn at(world: &World<Kernel>, gva: u64) -> usize {
+    world.addresses.iter().position(|one| *one == gva).unwrap()
+}
+
+/// The processor reads an address, and sets A.
+fn touch(world: &World<Kernel>, gva: u64) {
+    let read = Access::user(AccessKind::Read);
+    let host = world.rig.mmu.vm().host();
+    assert!(world.rig.walker.translate(host, world.rig.register, gva, read).is_ok());
+}
+
+fn age(world: &mut World<Kernel>, mode: AgeMode, effort: Effort, budget: u64) -> (Told, AgeReport) {
+    let range = GfnRange::from_len(Gfn::new(BLOCK), 512);
+    let request = AgeRequest::new(range, mode).with_budget(budget).with_effort(effort);
+    let (told, report) = ask(world, request);
+    assert_eq!(report.young, told.young.len() as u64);
+    (told, report)
+}
+
+fn ask(world: &mut World<Kernel>, request: AgeRequest) -> (Told, AgeReport) {
+    let mut told = Told::default();
+    let report = world.rig.mmu.age(&mut world.rig.notifier, request, &mut told);
+    assert_eq!(report.next, request.range.end);
+    assert_eq!(report.unknown, told.unknown.len() as u64);
+    (told, report)
+}
+
+/// The guest's memory is in the other address space, too.
+fn add_space(world: &mut World<Kernel>) {
+    let vm = Arc::clone(world.rig.mmu.vm());
+    let second = SlotRequest { as_id: 1, ..slot(PAGES, SlotFlags::empty()) };
+    let (slots, actor) = (&mut world.rig.slots, &mut world.rig.notifier);
+    let _ = vm.set_slot(slots, actor, &second, |_, _| {}).unwrap();
+}
+
+/// Go on in an address space, with the tables at `root`.
+fn enter(world: &mut World<Kernel>, root: GuestRoot, space: u16) {
+    (world.guest.root, world.guest.role) = (root, world.guest.role.in_space(space));
+    world.enter_anew();
+    world.forget();
+}
+
+/// The pages of [`twice`]'s block, by their numbers in it.
+fn block_pages(pages: impl IntoIterator<Item = u64>) -> BTreeSet<u64> {
+    pages.into_iter().map(|page| BLOCK + page).collect()
+}
+
+fn key(level: Level, page: u64) -> RmapKey {
+    RmapKey { space: 0, level, gfn: Gfn::new(BLOCK + page) }
+}
+
+/// Rows 5.6, 5.10: of a block whose list somebody holds a fast call tells nothing, and does nothing
+/// to the pages that it could have read: what is young stays young.
+#[test]
+fn a_fast_call_clears_nothing_that_it_cannot_tell() {
+    const PAGE: u64 = 5;
+    let mut world = twice(&[PAGE]);
+    // By the small page only.
+    touch(&world, small(0));
+    let rmaps = Arc::clone(world.rig.mmu.rmaps());
+    let held = rmaps.lock(key(Level::L2, 0)).expect("the huge leaf");
+    let (told, report) = age(&mut world, AgeMode::Clear, Effort::Fast, u64::MAX);
+    assert_eq!(told, Told { unknown: block_pages(0..512), ..Told::default() });
+    assert_eq!((report.entries, report.mapped), (0, 0));
+    drop(held);
+    let (told, _) = age(&mut world, AgeMode::Clear, Effort::Fast, u64::MAX);
+    assert_eq!(told.young, block_pages([PAGE]), "a use was forgotten");
+    assert_eq!((told.mapped, told.unknown), (block_pages(0..512), BTreeSet::new()));
+    world.finish();
+}
+
+/// A page is told once: young if anything says so, whatever could not be read beside; unknown else.
+#[test]
+fn what_is_told_young_is_not_told_unknown() {
+    const PAGE: u64 = 5;
+    let mut world = twice(&[PAGE]);
+    let rmaps = Arc::clone(world.rig.mmu.rmaps());
+    for young in [false, true] {
+        if young {
+            touch(&world, 0);
+        }
+        let held = rmaps.lock(key(Level::L1, PAGE)).expect("the small leaf");
+        let (told, _) = age(&mut world, AgeMode::Clear, Effort::Fast, u64::MAX);
+        let (all, none) = (block_pages(0..512), BTreeSet::new());
+        let unknown = if young { none.clone() } else { block_pages([PAGE]) };
+        assert_eq!(told.young, if young { all.clone() } else { none });
+        assert_eq!((told.mapped, told.unknown), (all, unknown));
+        drop(held);
+    }
+    world.finish();
+}
+
+/// The same where a page is mapped in two address spaces, and somebody holds the list of one: what
+/// the other says is an answer if it says young, and else nothing was done to it.
+#[test]
+fn young_in_one_address_space_is_an_answer() {
+    let one = |pages: &BTreeSet<u64>| pages.first().copied();
+    for (level, number) in [(Level::L1, 1), (Level::L2, 2)] {
+        let mut world = large_page(block(number));
+        add_space(&mut world);
+        let root = world.guest.root;
+        for space in [0, 1] {
+            enter(&mut world, root, space);
+            world.access(0, AccessKind::Read, true);
+            assert_eq!(world.shadow(0).unwrap().level, level.number());
+        }
+        let (first, rmaps) = (number * 512, Arc::clone(world.rig.mmu.rmaps()));
+        for (held, young) in [(0, true), (0, false), (1, true), (1, false)] {
+            let range = GfnRange::from_len(Gfn::new(first), level.pages());
+            let request = |mode| AgeRequest::new(range, mode);
+            let _ = ask(&mut world, request(AgeMode::ClearFlush));
+            let used = if young { 1 - held } else { held };
+            enter(&mut world, root, used);
+            touch(&world, 0);
+            let list = rmaps.lock(RmapKey { space: held, level, gfn: range.start });
+            assert!(list.is_some());
+            let fast = request(AgeMode::Clear).with_effort(Effort::Fast);
+            let (told, _) = ask(&mut world, fast);
+            let answer = (one(&told.young), one(&told.unknown));
+            let wanted = if young { (Some(first), None) } else { (None, Some(first)) };
+            assert_eq!(answer, wanted, "{level}: space {held} is held, used was {used}");
+            drop(list);
+            let (left, _) = ask(&mut world, request(AgeMode::Test));
+            assert_eq!(one(&left.young).is_some(), !young, "{level}: a use was forgotten");
+        }
+        world.finish();
+    }
+}
+
+/// Row 5.10: a fast call never reads more entries than it may, and a use that it does not tell is
+/// there for the next call.
+#[test]
+fn a_fast_call_keeps_to_its_budget_and_forgets_no_use() {
+    // Two pages, one of them by three leaves.
+    let aliases = [5, 7, 7, 7];
+    let leaves = 1 + aliases.len() as u64;
+    let mut world = twice(&aliases);
+    for mode in [AgeMode::Test, AgeMode::Clear] {
+        for budget in 0..=leaves {
+            let _ = age(&mut world, AgeMode::ClearFlush, Effort::Full, u64::MAX);
+            (0..aliases.len()).for_each(|index| touch(&world, small(index)));
+            let (told, report) = age(&mut world, mode, Effort::Fast, budget);
+            assert!(report.entries <= budget, "{mode:?}: {} of {budget}", report.entries);
+            let (left, _) = age(&mut world, AgeMode::Test, Effort::Full, u64::MAX);
+            let used = block_pages([5, 7]);
+            for page in &used {
+                let known = told.young.contains(page) && !told.unknown.contains(page);
+                let kept = told.unknown.contains(page) && left.young.contains(page);
+                assert!(known || kept, "{mode:?}, {budget}: {page} {told:?}");
+            }
+            assert!(told.young.is_subset(&used), "{mode:?}, {budget}: {told:?}");
+            assert_eq!(told.unknown.is_empty(), budget == leaves, "{mode:?}, {budget}");
+        }
+    }
+    world.finish();
+}
+
+/// Row 5.10: a range that ends inside a huge page is looked at once, and then all is told.
+#[test]
+fn a_range_that_ends_inside_a_huge_page_is_looked_at_once() {
+    let mut world = twice(&[5]);
+    for (first, end, entries) in [(0, 1, 1), (5, 6, 2), (0, 100, 2), (100, 511, 1), (0, 512, 2)] {
+        touch(&world, 0);
+        let range = GfnRange::new(Gfn::new(BLOCK + first), Gfn::new(BLOCK + end));
+        // Ends also what would go on for ever.
+        let request = AgeRequest::new(range, AgeMode::Clear).with_budget(1000);
+        let report = world.rig.mmu.age(&mut world.rig.notifier, request, &mut CountOnly);
+        let pages = end - first;
+        let wanted = AgeReport { mapped: pages, young: pages, entries, ..report };
+        assert_eq!((report.next, report), (range.end, wanted));
+    }
+    world.finish();
+}
+
+/// Rows 4.26, 4.60: a frame that becomes a table in one address space lies under no huge leaf of
+/// the other, before and after.
+#[test]
+fn no_huge_leaf_lies_over_a_table_of_another_address_space() {
+    for (data, other) in [(0, 1), (1, 0)] {
+        let mut world = large_page(block(2));
+        add_space(&mut world);
+        let root = world.guest.root;
+        enter(&mut world, root, data);
+        world.access(0, AccessKind::Write, true);
+        assert_eq!(world.shadow(0).unwrap().level, 2);
+        // An empty table, but a table.
+        enter(&mut world, GuestRoot::Cr3((BLOCK + 3) << 12), other);
+        let huge = RmapKey { space: data, level: Level::L2, gfn: Gfn::new(BLOCK) };
+        assert!(world.rig.mmu.rmaps().lock(huge).is_none(), "writes to the table go unseen");
+        enter(&mut world, root, data);
+        assert_eq!(world.shadow(0), None);
+        world.access(0, AccessKind::Write, true);
+        assert_eq!(world.shadow(0).unwrap().level, 1);
+        (0..16).for_each(|_| world.check());
+        world.finish();
+    }
 }

@@ -320,3 +320,44 @@ fn a_reflected_fault_invalidates_its_address() {
     assert_eq!(world.shadow(number(0)).unwrap().pa >> 12, world.backing.pfn(700).unwrap());
     world.finish();
 }
+
+/// KVM row 4.34: what the hypervisor's entries permit together may come to nothing. Such an entry
+/// goes when it follows its table; one that permits something stays.
+#[test]
+fn an_entry_that_permits_nothing_any_more_is_taken_out() {
+    const READ: u64 = 1;
+    const WRITE: u64 = 2;
+    const EXEC: u64 = 4;
+    const USED: u64 = 1 << 8 | 1 << 9;
+    const WRITE_BACK: u64 = 6 << 3;
+    // Below a link without X nothing is left of an entry that permits X only.
+    for (link, stays) in [(READ | WRITE, false), (READ | WRITE | EXEC, true)] {
+        let mode = Mode { kind: EPT, levels: 4 };
+        let guest = Hypervisor::<Ept>::new(mode);
+        let mut world = World::new(1, Capabilities::ept(), guest, 1000, ReclaimPolicy::Fifo);
+        for (table, next) in [(13, 10), (14, 10), (10, 6)] {
+            world.memory.set(table << 12, 8, (next << 12) | READ | WRITE | EXEC | USED);
+        }
+        world.memory.set(6 << 12, 8, link | USED);
+        let page = 600 << 12 | WRITE_BACK | 1 << 8;
+        world.memory.set(0, 8, page | READ);
+        // The nested guest may write to the table.
+        world.memory.set(8, 8, READ | WRITE | EXEC | USED | WRITE_BACK);
+        world.load();
+        let number = |gpa: u64| mode.addresses().iter().position(|one| *one == gpa).unwrap();
+        world.access(number(0), AccessKind::Read, true);
+        world.access(number(0x1000), AccessKind::Write, true);
+        assert!(world.is_writable(0), "the table is not out of sync");
+        assert!(world.shadow(number(0)).is_some());
+        world.memory.set(0, 8, page | EXEC);
+        // The same root once more: what the hypervisor's flush does, too.
+        world.enter_anew();
+        world.forget();
+        let fetch = Access::user(AccessKind::Fetch);
+        assert_eq!(world.shadow(number(0)), None, "not readable any more");
+        assert_eq!(world.rig.shadow(0, fetch).is_some(), stays, "executable");
+        (0..16).for_each(|_| world.check());
+        world.access(number(0), AccessKind::Fetch, true);
+        world.finish();
+    }
+}

@@ -3,18 +3,24 @@
 mod common;
 mod shadow_support;
 
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
 
-use common::DATA;
+use common::{DATA, TestHost};
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Gva, Level};
+use mmu_core::dirty::RingSize;
 use mmu_core::fault::{EmulateReason, FaultOutcome};
-use mmu_core::slot::SlotFlags;
-use mmu_core::traits::{AgeAnswer, AgeMode, AgeRange, AgeRequest, CountOnly, Effort};
+use mmu_core::slot::{LogOptions, SlotFlags, SlotRequest};
+use mmu_core::spte::Legacy;
+use mmu_core::traits::{
+    AgeAnswer, AgeMode, AgeRange, AgeRequest, AgeSink, CountOnly, Effort, MASK_WORDS,
+};
+use mmu_core::vm::Actor;
 use mmu_model::AccessKind;
 use shadow_mmu::guest::{GuestRoot, Operation, Privilege, Request};
 use shadow_mmu::rmap::{MAX_ALIASES, RmapKey};
-use shadow_mmu::{PageRole, ReclaimPolicy, RoleFlags, ShadowError};
-use shadow_support::rig::slot;
+use shadow_mmu::{PageRole, ReclaimPolicy, RoleFlags, ShadowCount, ShadowError, ShadowMmu};
+use shadow_support::rig::{Machine, slot};
 use shadow_support::{A, D, LOWEST, P, PAGES, U, W, World};
 
 const ALL: u64 = P | W | U | A | D;
@@ -29,7 +35,11 @@ fn guest() -> World {
 }
 
 fn guest_with(quota: u32, policy: ReclaimPolicy) -> World {
-    let mut world = World::new(7, quota, policy);
+    guest_on(Machine::default(), quota, policy)
+}
+
+fn guest_on(machine: Machine, quota: u32, policy: ReclaimPolicy) -> World {
+    let mut world = World::on(machine, 7, quota, policy);
     for pair in WAY.windows(2) {
         put(&world, pair[0], 0, pair[1] << 12 | ALL);
     }
@@ -80,6 +90,19 @@ fn reached(world: &World, gva: u64) -> Option<(u64, bool)> {
 
 fn live(world: &World) -> u32 {
     world.rig.lock.0.lock().unwrap().live_pages()
+}
+
+/// The writer's books agree with the tables; what there is.
+#[track_caller]
+fn count(world: &mut World) -> ShadowCount {
+    let (lock, actor) = (&world.rig.lock, &mut world.rig.notifier);
+    lock.0.lock().unwrap().check(actor).unwrap()
+}
+
+/// The guest of address space `space` has its tables at `root`.
+fn enter_space(world: &mut World, space: u16, root: u64) {
+    world.role = world.role.in_space(space);
+    world.load_cr3(root);
 }
 
 /// Row 4.18, bug M1: the guest changes an entry between the walk and the lock, at each level.
@@ -430,6 +453,108 @@ fn aging_does_not_wait_for_the_writer() {
     world.finish();
 }
 
+/// Ages all guest memory; did that flush everything, not only what was found young?
+fn flushes_all(
+    mmu: &ShadowMmu<Legacy, TestHost>,
+    actor: &mut Actor<TestHost>,
+    mode: AgeMode,
+) -> bool {
+    let host = mmu.vm().host();
+    let _ = host.take_batches();
+    let range = GfnRange::from_len(Gfn::new(0), PAGES);
+    let _ = mmu.age(actor, AgeRequest::new(range, mode), &mut CountOnly);
+    host.take_batches().iter().any(|batch| batch.covers(GfnRange::ALL))
+}
+
+/// Row 5.5: what was cleared without a flush is flushed for by the next precise pass, or when that
+/// is asked for; and then by nobody again.
+#[test]
+fn what_was_cleared_without_a_flush_is_flushed_once() {
+    use AgeMode::{Clear, ClearFlush, Test};
+    let mut world = guest();
+    read(&mut world, 0);
+    let (mmu, actor) = (Arc::clone(&world.rig.mmu), &mut world.rig.notifier);
+    mmu.vm().host().record(true);
+    let all = GfnRange::from_len(Gfn::new(0), PAGES);
+    for _ in 0..2 {
+        assert!(!flushes_all(&mmu, actor, Test));
+        assert!(!flushes_all(&mmu, actor, ClearFlush), "nothing is owed for others");
+        assert!(!flushes_all(&mmu, actor, Clear), "it does not flush");
+        assert!(flushes_all(&mmu, actor, ClearFlush), "owed for the last one");
+        assert!(!flushes_all(&mmu, actor, ClearFlush), "paid");
+        assert!(!flushes_all(&mmu, actor, Clear));
+        for flushes in [1, 0] {
+            let _ = mmu.vm().host().take_batches();
+            mmu.flush_aged(actor, all);
+            assert_eq!(mmu.vm().host().take_batches().len(), flushes);
+        }
+    }
+    mmu.vm().host().record(false);
+    world.finish();
+}
+
+/// Row 5.5: a flush that was asked for and is not complete is nobody's excuse.
+#[test]
+fn a_precise_pass_during_the_flush_of_another_flushes_too() {
+    let mut world = guest();
+    read(&mut world, 0);
+    let (mmu, actor) = (Arc::clone(&world.rig.mmu), &mut world.rig.notifier);
+    let host = mmu.vm().host();
+    let other = Arc::new(Mutex::new(mmu.vm().actor().unwrap()));
+    // Inside the flush of the first.
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let (inner, noted, asks) = (Arc::clone(&mmu), Arc::clone(&seen), Arc::clone(&other));
+    host.before_flush(Some(Arc::new(move |_| {
+        // Not inside its own.
+        if let Ok(mut asks) = asks.try_lock() {
+            noted.lock().unwrap().push(flushes_all(&inner, &mut asks, AgeMode::ClearFlush));
+        }
+    })));
+    host.record(true);
+    assert!(!flushes_all(&mmu, actor, AgeMode::Clear));
+    let _ = flushes_all(&mmu, actor, AgeMode::ClearFlush);
+    assert_eq!(*seen.lock().unwrap(), [true], "believed in a flush that is not complete");
+    host.before_flush(None);
+    assert!(flushes_all(&mmu, actor, AgeMode::ClearFlush), "the passes could not tell");
+    assert!(!flushes_all(&mmu, actor, AgeMode::ClearFlush), "all is paid");
+    host.record(false);
+    drop(other);
+    world.finish();
+}
+
+/// Row 5.5: what a call has cleared that is not over, and will not flush, is flushed for as well.
+#[test]
+fn a_precise_pass_inside_a_call_flushes_what_that_one_cleared() {
+    let mut world = guest();
+    read(&mut world, 0);
+    let mmu = Arc::clone(&world.rig.mmu);
+    let mut other = mmu.vm().actor().unwrap();
+    mmu.vm().host().record(true);
+    let mut inside = Inside { mmu: &mmu, actor: &mut other, flushed: Vec::new() };
+    let all = GfnRange::from_len(Gfn::new(0), PAGES);
+    let request = AgeRequest::new(all, AgeMode::Clear);
+    let report = mmu.age(&mut world.rig.notifier, request, &mut inside);
+    assert_eq!((report.young, inside.flushed), (1, vec![true]), "a TLB hides the page's uses");
+    mmu.vm().host().record(false);
+    drop(other);
+    world.finish();
+}
+
+/// Does a precise pass when it is told of a table.
+struct Inside<'a> {
+    mmu: &'a ShadowMmu<Legacy, TestHost>,
+    actor: &'a mut Actor<TestHost>,
+    flushed: Vec<bool>,
+}
+
+impl AgeSink for Inside<'_> {
+    fn table(&mut self, _: Gfn, _: &[u64; MASK_WORDS], _: &[u64; MASK_WORDS]) {
+        self.flushed.push(flushes_all(self.mmu, self.actor, AgeMode::ClearFlush));
+    }
+
+    fn huge(&mut self, _: Gfn, _: Level, _: bool) {}
+}
+
 /// Arguments that no honest caller gives are errors, and change nothing.
 #[test]
 fn a_root_of_another_level_is_refused() {
@@ -441,4 +566,180 @@ fn a_root_of_another_level_is_refused() {
     assert_eq!(live(&world), 1);
     assert!(world.rig.vcpu.root_is_current());
     world.finish();
+}
+
+/// Row 4.33: tables that are linked many times on every level are met by many ways, millions of
+/// them here; the search for what is out of sync takes few.
+#[test]
+fn the_search_for_tables_out_of_sync_does_not_take_every_way() {
+    const WAYS: u64 = 256;
+    let mut world = guest();
+    for (table, next, entries) in [(0, 2, WAYS), (2, 5, 512), (5, LOWEST, 512)] {
+        (0..entries).for_each(|index| put(&world, table, index, next << 12 | ALL));
+    }
+    // Address 0x1000 of each block is the table itself.
+    put(&world, LOWEST, 1, LOWEST << 12 | ALL);
+    for index in 0..WAYS {
+        read(&mut world, index << 39 | index << 30 | index << 21);
+    }
+    assert_eq!(live(&world), 4, "one shadow for each table");
+    assert_eq!(count(&mut world).links, 3 * WAYS);
+    assert_eq!(fault(&mut world, 0x1000, Operation::Write), Ok(FaultOutcome::Fixed));
+    assert_eq!(count(&mut world).unsync, 1);
+    put(&world, LOWEST, 0, 30 << 12 | ALL);
+    let before = world.rig.stats().sync_steps;
+    world.load_cr3(0);
+    let steps = world.rig.stats().sync_steps - before;
+    // One search to protect, one to synchronise, one that finds nothing.
+    assert!((3..=3 * 1025).contains(&steps), "{steps} steps");
+    assert_eq!(count(&mut world).unsync, 0);
+    let last = WAYS - 1;
+    for gva in [0, last << 39 | last << 30 | last << 21] {
+        assert_eq!(reached(&world, gva), None, "{gva:#x} does not follow its table");
+    }
+    world.finish();
+}
+
+/// Rows 4.44, 4.45: a table that is linked too often is not linked by its first parent any more.
+#[test]
+fn a_table_that_is_linked_a_thousand_times_loses_a_link_for_each_more() {
+    const PARENTS: u64 = 3 * 512;
+    let mut world = guest();
+    for index in 0..3 {
+        put(&world, 2, index, (5 + index) << 12 | ALL);
+        (0..512).for_each(|entry| put(&world, 5 + index, entry, LOWEST << 12 | ALL));
+    }
+    for number in 0..PARENTS {
+        read(&mut world, number << 21);
+        assert_eq!(reached(&world, number << 21).map(|(page, _)| page), Some(PAGE));
+    }
+    let most = u64::from(MAX_ALIASES);
+    assert_eq!(world.rig.stats().links_recycled, PARENTS - most);
+    // Those above the table: one and three.
+    assert_eq!(count(&mut world).links, 1 + 3 + most);
+    // What lost its link gets it back, and is in sync like the others.
+    assert_eq!(fault(&mut world, 3 << 12, Operation::Write), Ok(FaultOutcome::Fixed));
+    let lost = (0..PARENTS).find(|number| reached(&world, number << 21).is_none()).unwrap();
+    read(&mut world, lost << 21);
+    assert_eq!(reached(&world, lost << 21).map(|(page, _)| page), Some(PAGE));
+    assert_eq!(count(&mut world).links, 1 + 3 + most);
+    world.finish();
+}
+
+/// Row 3.47: a write that the full ring could not tell ends before it changes anything, and goes on
+/// when the ring was read and reset.
+#[test]
+fn a_full_ring_stops_a_write_before_anything_is_changed() {
+    let ring = RingSize::from_bytes(1 << 14).unwrap();
+    let log = LogOptions { bitmap: false, ring: Some(ring), initially_set: false };
+    let machine = Machine { log, ..Machine::default() };
+    let mut world = guest_on(machine, 1000, ReclaimPolicy::Fifo);
+    put(&world, LOWEST, 3, LOWEST << 12 | ALL);
+    world.rig.log();
+    read(&mut world, 0);
+    assert_eq!(reached(&world, 0), Some((PAGE, false)));
+    assert_eq!(fault(&mut world, 0x2000, Operation::Write), Ok(FaultOutcome::Fixed));
+    assert_eq!(reached(&world, 0x2000), Some((PAGE + 2, true)));
+    // The host writes for the vCPU, until there is room for nothing more.
+    let all = GfnRange::from_len(Gfn::new(0), PAGES);
+    while world.rig.vcpu.actor().mark_dirty(0, all).is_ok() {}
+    assert_eq!(world.rig.vcpu.actor().ring().unwrap().used(), ring.entries());
+    let before = (world.rig.stats(), count(&mut world));
+    // A page that is mapped, one that is not, and a table that would go out of sync.
+    let pages = [(0, Some((PAGE, false))), (0x1000, None), (0x3000, None)];
+    for (gva, now) in pages {
+        assert_eq!(fault(&mut world, gva, Operation::Write), Ok(FaultOutcome::RingFull));
+        assert_eq!(reached(&world, gva), now, "{gva:#x}");
+    }
+    assert_eq!((world.rig.stats(), count(&mut world)), before, "something was changed");
+    read(&mut world, 0x1000);
+    assert_eq!(reached(&world, 0x1000), Some((PAGE + 1, false)), "reading tells nothing");
+    let rig = &mut world.rig;
+    let ring = rig.vcpu.actor().ring().unwrap();
+    let told: BTreeSet<u64> = ring.consumer().map(|page| page.offset).collect();
+    assert!(told.contains(&(PAGE + 2)), "{told:?}");
+    let mmu = Arc::clone(&rig.mmu);
+    let mut protect = |space, first, mask| {
+        mmu.protect_marked(&mut rig.notifier, &rig.lock, space, Gfn::new(first), mask);
+    };
+    let _ = ring.reset(u64::MAX, |key, first, mask| protect(key.as_id, first, mask)).unwrap();
+    assert_eq!(reached(&world, 0x2000), Some((PAGE + 2, false)), "the next write is told");
+    let again = [(0, PAGE), (0x1000, PAGE + 1), (0x2000, PAGE + 2), (0x3000, LOWEST)];
+    for (gva, page) in again {
+        assert_eq!(fault(&mut world, gva, Operation::Write), Ok(FaultOutcome::Fixed));
+        assert_eq!(reached(&world, gva), Some((page, true)));
+    }
+    let told = world.rig.vcpu.actor().ring().unwrap().consumer().map(|page| page.offset);
+    assert!(told.eq(again.map(|(_, page)| page)));
+    world.finish();
+}
+
+/// Invariant I8, row 4.34: that a page was written stays known when its entry follows the guest's
+/// and permits less, and when it is used again.
+#[test]
+fn what_was_written_stays_known_when_an_entry_changes() {
+    for used_again in [false, true] {
+        let mut world = guest();
+        put(&world, LOWEST, 3, LOWEST << 12 | ALL);
+        for gva in [0, 0x3000] {
+            assert_eq!(fault(&mut world, gva, Operation::Write), Ok(FaultOutcome::Fixed));
+        }
+        put(&world, LOWEST, 0, PAGE << 12 | P | U | A | D);
+        world.load_cr3(0);
+        assert_eq!(reached(&world, 0), Some((PAGE, false)));
+        if used_again {
+            let (mode, effort) = (AgeMode::ClearFlush, Effort::Full);
+            let (mmu, notifier) = (&world.rig.mmu, &mut world.rig.notifier);
+            assert_eq!(mmu.age_gfn(notifier, Gfn::new(PAGE), mode, effort), AgeAnswer::Young);
+            assert_eq!(fault(&mut world, 0, Operation::Read), Ok(FaultOutcome::Fixed));
+        }
+        let range = GfnRange::from_len(Gfn::new(PAGE), 1);
+        let vm = Arc::clone(world.rig.mmu.vm());
+        let invalidation = vm.notify().begin(world.rig.notifier.participant(), range);
+        let (lock, actor) = (&world.rig.lock, &mut world.rig.notifier);
+        let gone = world.rig.mmu.unmap_in(actor, lock, &invalidation, range);
+        drop(invalidation);
+        assert_eq!((gone.leaves, gone.dirty), (1, 1), "used again: {used_again}");
+        world.finish();
+    }
+}
+
+/// Rows 4.26, 4.35, 4.60: a frame that is a table in one address space is protected in the other,
+/// too: when it gets a shadow, and before that is made to follow.
+#[test]
+fn a_table_is_protected_in_every_address_space() {
+    const TABLE: u64 = 30;
+    for (data, other) in [(0, 1), (1, 0)] {
+        let mut world = guest();
+        let vm = Arc::clone(world.rig.mmu.vm());
+        let second = SlotRequest { as_id: 1, ..slot(PAGES, SlotFlags::empty()) };
+        let (slots, actor) = (&mut world.rig.slots, &mut world.rig.notifier);
+        let _ = vm.set_slot(slots, actor, &second, |_, _| {}).unwrap();
+        // To one guest a page at 0x2000, to the other the table that leads to its address 0.
+        put(&world, LOWEST, 2, TABLE << 12 | ALL);
+        for (table, next) in [(1, 3), (3, 6), (6, TABLE), (TABLE, PAGE)] {
+            put(&world, table, 0, next << 12 | ALL);
+        }
+        enter_space(&mut world, data, 0);
+        assert_eq!(fault(&mut world, 0x2000, Operation::Write), Ok(FaultOutcome::Fixed));
+        assert_eq!(reached(&world, 0x2000), Some((TABLE, true)));
+        let register = world.rig.register;
+        enter_space(&mut world, other, 1);
+        read(&mut world, 0);
+        assert_eq!(reached(&world, 0).map(|(page, _)| page), Some(PAGE));
+        world.rig.register = register;
+        assert_eq!(reached(&world, 0x2000), Some((TABLE, false)), "writes would go unseen");
+        let _ = count(&mut world);
+        // It goes out of sync by a write in the one, and follows at a flush in the other.
+        enter_space(&mut world, data, 0);
+        assert_eq!(fault(&mut world, 0x2000, Operation::Write), Ok(FaultOutcome::Fixed));
+        assert_eq!(count(&mut world).unsync, 1);
+        put(&world, TABLE, 0, (PAGE + 1) << 12 | ALL);
+        enter_space(&mut world, other, 1);
+        assert_eq!(reached(&world, 0), None);
+        assert_eq!(count(&mut world).unsync, 0);
+        world.rig.register = register;
+        assert_eq!(reached(&world, 0x2000), Some((TABLE, false)), "writes would go unseen");
+        world.finish();
+    }
 }

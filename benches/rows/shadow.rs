@@ -118,8 +118,8 @@ impl NestedVm {
     }
 }
 
-/// `shadow_fault` and `shadow_fault_nested` in random order, `shadow_age` with all young and `shadow_age_idle` with none,
-/// `cr3_switch` between two roots that the vCPU keeps.
+/// `shadow_fault` and `shadow_fault_nested` in random order, `shadow_age` with all young and
+/// `shadow_age_idle` with none, `cr3_switch` between two roots that the vCPU keeps.
 pub fn rows(bench: &mut Bench, wanted: &dyn Fn(&str) -> bool) {
     // 1 GiB, as KVM was measured.
     let pages = bench.pages() / 4;

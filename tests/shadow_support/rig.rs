@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Hpa, Hva};
-use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest, SlotWriter};
+use mmu_core::slot::{LogOptions, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::{Capabilities, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
 use mmu_core::traits::{AgeAnswer, AgeMode, AgeRange, Effort, HostPage, ResolveError};
@@ -46,9 +46,25 @@ pub struct Rig<F: SpteFormat> {
     steps: Vec<String>,
 }
 
+/// What most worlds take as it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine {
+    /// Frames for shadow tables.
+    pub frames: u64,
+    /// How writes are logged, once they are.
+    pub log: LogOptions,
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self { frames: 4096, log: LogOptions::default() }
+    }
+}
+
 impl<F: Modelled> Rig<F> {
     /// `resolve` is what the host has behind a guest page.
     pub fn new(
+        machine: Machine,
         seed: u64,
         caps: Capabilities,
         quota: u32,
@@ -57,13 +73,14 @@ impl<F: Modelled> Rig<F> {
         resolve: impl Fn(u64) -> Option<HostPage> + Send + Sync + 'static,
     ) -> Self {
         let config = SpteConfig::<F>::new(caps).unwrap();
-        let limits = SlotLimits::new(1, config.max_gfn_exclusive());
-        let host = TestHost::new(4096);
+        let limits = SlotLimits::new(2, config.max_gfn_exclusive());
+        let host = TestHost::new(machine.frames);
         host.record(false);
         host.set_resolver(Arc::new(move |_, gfn, _| {
             resolve(gfn.get()).ok_or(ResolveError::NoMemory)
         }));
-        let (vm, mut slots) = VmCore::new(host, 4, limits, std::thread::yield_now).unwrap();
+        let (vm, mut slots) =
+            VmCore::with_log(host, 4, limits, std::thread::yield_now, machine.log).unwrap();
         let mut notifier = vm.actor().unwrap();
         let request = slot(pages, SlotFlags::empty());
         let _ = vm.set_slot(&mut slots, &mut notifier, &request, |_, _| {}).unwrap();

@@ -16,7 +16,7 @@ use shadow_mmu::guest::WalkPath;
 use shadow_mmu::{ReclaimPolicy, ShadowError};
 
 use super::memory::{Backing, Memory};
-use super::rig::{Rig, some_kind};
+use super::rig::{Machine, Rig, some_kind};
 use super::{PS, bits};
 use crate::common::Modelled;
 
@@ -226,8 +226,9 @@ impl<G: Guest> World<G> {
         let backing = Arc::new(Backing::new(BLOCKS));
         let pages = Arc::clone(&backing);
         let caps = Capabilities { max_phys_bits: PHYS as u8, ..caps };
+        let machine = Machine::default();
         let mut world = Self {
-            rig: Rig::new(seed, caps, quota, policy, PAGES, move |gfn| pages.page(gfn)),
+            rig: Rig::new(machine, seed, caps, quota, policy, PAGES, move |gfn| pages.page(gfn)),
             addresses: guest.addresses(),
             guest,
             memory: Memory::new(PAGES, TABLES),

@@ -16,7 +16,7 @@ use shadow_mmu::guest::{
 use shadow_mmu::{OnWriteProtected, PageRole, ReclaimPolicy, RoleFlags, WriteRetry, WriterLock};
 
 use super::memory::Memory;
-use super::rig::{Rig, operation, some_kind};
+use super::rig::{Machine, Rig, operation, some_kind};
 use super::{A, D, FRAME, NX, P, U, W};
 use crate::common::DATA;
 
@@ -103,6 +103,10 @@ pub struct World {
 
 impl World {
     pub fn new(seed: u64, quota: u32, policy: ReclaimPolicy) -> Self {
+        Self::on(Machine::default(), seed, quota, policy)
+    }
+
+    pub fn on(machine: Machine, seed: u64, quota: u32, policy: ReclaimPolicy) -> Self {
         let backing: Arc<Vec<AtomicU64>> = Arc::new((0..PAGES).map(AtomicU64::new).collect());
         let pages = Arc::clone(&backing);
         let resolve = move |gfn: u64| {
@@ -113,7 +117,7 @@ impl World {
             GuestControls::PG | GuestControls::PAE | GuestControls::LME | GuestControls::NXE;
         let cpu = GuestCpu { gbpages: false, ..GuestCpu::baseline() };
         Self {
-            rig: Rig::new(seed, Capabilities::legacy(), quota, policy, PAGES, resolve),
+            rig: Rig::new(machine, seed, Capabilities::legacy(), quota, policy, PAGES, resolve),
             memory: Memory::new(PAGES, PAGES),
             backing,
             guest: GuestWalker::new(&cpu, controls).unwrap(),

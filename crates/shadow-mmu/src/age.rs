@@ -167,14 +167,19 @@ impl Unflushed {
         // ORDERING[shadow-aged]: Acquire. Pairs with `flushed`.
         let flushed = self.flushed.load(Ordering::Acquire);
         let before = own.map_or(begun, |own| own - 1);
-        let of_others = flushed < before || own.is_some_and(|own| own != begun);
+        let later = own.is_some_and(|own| own != begun);
+        let of_others = flushed < before || (later && !mmu_core::busted!("later_clears_unflushed"));
+        if mmu_core::busted!("flush_noted_early") {
+            // ORDERING[shadow-aged]: Release. The breakage's.
+            self.flushed.fetch_max(begun, Ordering::Release);
+        }
         let quiet = clearing == u64::from(own.is_some());
         (of_others || own.is_some()).then_some(Due { begun, of_others, quiet })
     }
 
     /// The flush is complete.
     fn flushed(&self, due: Due) {
-        if due.quiet {
+        if due.quiet || mmu_core::busted!("late_clears_forgotten") {
             // ORDERING[shadow-aged]: Release. After the flush; pairs with `due`.
             self.flushed.fetch_max(due.begun, Ordering::Release);
         }
@@ -248,7 +253,7 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
         let base = block.start.align_down(Level::L2);
         let mut whole = self.look(section, shard, Level::L2, base);
         whole.merge(self.look_huge(section, shard, base.align_down(Level::L3)));
-        if whole.is_unknown() {
+        if whole.is_unknown() && !mmu_core::busted!("fast_age_clears_untold") {
             return self.unknown(block, sink);
         }
         let Masks { mut present, mut young, mut unknown } = self.small(section, shard, block);
@@ -266,7 +271,9 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
             fill(&mut present, block);
             if whole.young {
                 fill(&mut young, block);
-                unknown = [0; MASK_WORDS];
+                if !mmu_core::busted!("young_told_unknown") {
+                    unknown = [0; MASK_WORDS];
+                }
             }
         }
         self.report.mapped += ones(&present);
@@ -290,7 +297,7 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
             return seen;
         }
         let seen = self.look(section, shard, Level::L3, start);
-        if !seen.unknown {
+        if !seen.unknown || mmu_core::busted!("unknown_remembered") {
             self.huge = Some((start, seen));
         }
         seen
@@ -311,7 +318,9 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
             }
             self.return_lists(space, Level::L1, lists);
         }
-        masks.settle();
+        if !mmu_core::busted!("young_told_unknown") {
+            masks.settle();
+        }
         masks
     }
 
@@ -451,6 +460,7 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
     fn entries_left(&self) -> u64 {
         match self.request.effort {
             Effort::Full => u64::MAX,
+            Effort::Fast if mmu_core::busted!("fast_age_over_budget") => u64::MAX,
             Effort::Fast => self.request.budget.saturating_sub(self.report.entries),
         }
     }
@@ -528,4 +538,241 @@ fn fill(mask: &mut [u64; MASK_WORDS], block: GfnRange) {
 
 fn ones(mask: &[u64; MASK_WORDS]) -> u64 {
     mask.iter().map(|word| u64::from(word.count_ones())).sum()
+}
+
+#[cfg(all(test, not(loom)))]
+#[expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+#[expect(clippy::indexing_slicing, reason = "likewise")]
+mod tests {
+    use alloc::vec;
+    use alloc::vec::Vec;
+
+    use super::*;
+
+    /// A precise pass that is alone: had it to flush for others?
+    fn precise(notes: &Unflushed) -> bool {
+        let own = notes.begin();
+        let due = notes.due(Some(own)).unwrap();
+        notes.flushed(due);
+        notes.end();
+        due.of_others
+    }
+
+    /// A pass that clears and does not flush.
+    fn coarse(notes: &Unflushed) {
+        let _ = notes.begin();
+        notes.end();
+    }
+
+    #[test]
+    fn quiet_calls_owe_nothing() {
+        let notes = Unflushed::new();
+        assert_eq!(notes.due(None), None, "nobody cleared anything");
+        for _ in 0..3 {
+            assert!(!precise(&notes), "it flushes what it cleared itself");
+            assert_eq!(notes.due(None), None);
+        }
+        for passes in 1..4 {
+            (0..passes).for_each(|_| coarse(&notes));
+            assert!(precise(&notes));
+            assert!(!precise(&notes));
+            assert_eq!(notes.due(None), None);
+            (0..passes).for_each(|_| coarse(&notes));
+            let due = notes.due(None).unwrap();
+            assert!(due.of_others && due.quiet);
+            notes.flushed(due);
+            assert_eq!(notes.due(None), None);
+            assert!(!precise(&notes));
+        }
+    }
+
+    /// What the first took on itself is not flushed yet when the second comes back.
+    #[test]
+    fn a_precise_pass_beside_another_flushes_too() {
+        for before in [0, 1] {
+            let notes = Unflushed::new();
+            (0..before).for_each(|_| coarse(&notes));
+            let first = notes.begin();
+            let first = notes.due(Some(first)).unwrap();
+            assert_eq!(first.of_others, before != 0);
+            let second = notes.begin();
+            let second = notes.due(Some(second)).unwrap();
+            assert!(second.of_others, "the first is not complete");
+            assert!(notes.due(None).is_some(), "nor the second");
+            notes.flushed(second);
+            notes.end();
+            assert!(notes.due(None).is_some(), "the first is not over");
+            notes.flushed(first);
+            notes.end();
+            // One more pays for what was not sure.
+            assert!(precise(&notes));
+            assert!(!precise(&notes));
+        }
+    }
+
+    #[test]
+    fn what_is_cleared_during_a_flush_is_not_forgotten() {
+        for over in [false, true] {
+            let notes = Unflushed::new();
+            let own = notes.begin();
+            if !over {
+                // It has begun when the flush is asked for, and clears afterwards.
+                let _ = notes.begin();
+            }
+            let due = notes.due(Some(own)).unwrap();
+            assert_eq!(due.quiet, over);
+            if over {
+                let _ = notes.begin();
+            }
+            notes.end();
+            notes.flushed(due);
+            notes.end();
+            assert!(notes.due(None).is_some(), "{over}");
+            assert!(precise(&notes), "{over}");
+            assert_eq!(notes.due(None), None);
+        }
+    }
+
+    /// A step of a thread, in a world of one page.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    enum Step {
+        Begin,
+        /// Looks at the page's entry, clears A if it is set, and says young.
+        Clear,
+        Due,
+        Flush,
+        Flushed,
+        End,
+        /// The guest accesses the page: A is set, unless the TLB has the entry.
+        Access,
+    }
+
+    use Step::{Access, Begin, Clear, Due as Ask, End, Flush, Flushed};
+    const PRECISE: &[Step] = &[Begin, Clear, Ask, Flush, Flushed, End];
+    const COARSE: &[Step] = &[Begin, Clear, End];
+    const FLUSH_AGED: &[Step] = &[Ask, Flush, Flushed];
+    const GUEST: &[Step] = &[Access, Access];
+
+    /// What a thread knows.
+    #[derive(Clone, Copy, Debug, Default)]
+    struct Knows {
+        own: Option<u64>,
+        due: Option<Due>,
+        /// It cleared A itself.
+        cleared: bool,
+        /// So many clears of the page must have been flushed when it is over.
+        relies_on: u64,
+    }
+
+    /// One page that is in a TLB as long as nobody flushes.
+    #[derive(Debug)]
+    struct Page {
+        notes: Unflushed,
+        accessed: bool,
+        /// Clears so far, and how many of them came before the last flush.
+        clears: u64,
+        flushed: u64,
+        /// Clears by calls that are over.
+        over: u64,
+        threads: Vec<Knows>,
+    }
+
+    impl Page {
+        fn new(threads: usize) -> Self {
+            let threads = vec![Knows::default(); threads];
+            let notes = Unflushed::new();
+            Self { notes, accessed: true, clears: 0, flushed: 0, over: 0, threads }
+        }
+
+        /// Do a step of a thread; `false` if it breaks a promise.
+        fn step(&mut self, thread: usize, steps: &[Step], step: Step) -> bool {
+            let (precise, asks) = (steps == PRECISE, steps == FLUSH_AGED);
+            let Self { notes, threads, .. } = self;
+            let knows = &mut threads[thread];
+            match step {
+                Begin => knows.own = Some(notes.begin()),
+                Clear => {
+                    if core::mem::take(&mut self.accessed) {
+                        self.clears += 1;
+                        knows.cleared = true;
+                    }
+                    knows.relies_on = self.clears;
+                }
+                Ask => {
+                    knows.due = notes.due(knows.own);
+                    if asks {
+                        // Those of calls that are not over may come later, too.
+                        knows.relies_on = self.over;
+                    }
+                }
+                Flush => {
+                    if knows.cleared || knows.due.is_some_and(|due| due.of_others) {
+                        self.flushed = self.clears;
+                    }
+                }
+                Flushed => {
+                    if let Some(due) = knows.due {
+                        notes.flushed(due);
+                    }
+                }
+                End => notes.end(),
+                Access => self.accessed |= self.clears == self.flushed,
+            }
+            let last = steps.last() == Some(&step);
+            if last && !asks {
+                self.over = self.over.max(if knows.cleared { knows.relies_on } else { 0 });
+            }
+            !(last && (precise || asks)) || knows.relies_on <= self.flushed
+        }
+    }
+
+    /// Every order of the steps left; how many there are.
+    fn all_orders(programs: &[&[Step]], done: &mut Vec<usize>) -> u64 {
+        let at = |thread: usize| done.iter().filter(|one| **one == thread).count();
+        let places: Vec<usize> = (0..programs.len()).map(at).collect();
+        if places.iter().zip(programs).all(|(place, steps)| *place == steps.len()) {
+            run(programs, done);
+            return 1;
+        }
+        let mut orders = 0;
+        for (thread, place) in places.into_iter().enumerate() {
+            if place < programs[thread].len() {
+                done.push(thread);
+                orders += all_orders(programs, done);
+                done.pop();
+            }
+        }
+        orders
+    }
+
+    fn run(programs: &[&[Step]], order: &[usize]) {
+        let mut page = Page::new(programs.len());
+        let mut places = vec![0; programs.len()];
+        for thread in order {
+            let steps = programs[*thread];
+            let kept = page.step(*thread, steps, steps[places[*thread]]);
+            places[*thread] += 1;
+            assert!(kept, "{programs:?}: the page is believed cold in {order:?}: {page:?}");
+        }
+        let forgotten = page.flushed < page.clears && page.notes.due(None).is_none();
+        assert!(!forgotten, "{programs:?}: nobody flushes after {order:?}: {page:?}");
+    }
+
+    /// Nothing that was cleared is believed cold before a flush after it, in any order of the steps
+    /// of two calls or three.
+    #[test]
+    fn nothing_cleared_is_believed_cold_before_a_flush() {
+        let threads: [(&[&[Step]], u64); 7] = [
+            (&[PRECISE, PRECISE], 924),
+            (&[PRECISE, COARSE], 84),
+            (&[PRECISE, FLUSH_AGED], 84),
+            (&[COARSE, FLUSH_AGED], 20),
+            (&[PRECISE, PRECISE, GUEST], 84_084),
+            (&[PRECISE, COARSE, FLUSH_AGED], 18_480),
+            (&[PRECISE, PRECISE, COARSE], 420_420),
+        ];
+        for (programs, orders) in threads {
+            assert_eq!(all_orders(programs, &mut Vec::new()), orders);
+        }
+    }
 }

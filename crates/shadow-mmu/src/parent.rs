@@ -60,7 +60,9 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     /// list becomes a burden to those who walk it: as leaves, KVM row 4.44.
     pub(crate) fn unlink_excess(&mut self, child: PageId) -> bool {
         let full = |page: &ShadowPage| page.parents.len() >= MAX_ALIASES;
-        if !self.writer.pages.get(child).is_some_and(full) {
+        if !self.writer.pages.get(child).is_some_and(full)
+            || mmu_core::busted!("links_without_bound")
+        {
             return false;
         }
         if let Some(place) = self.first_parent(child) {

@@ -73,7 +73,8 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
     fn reclaim(&mut self, actor: &mut Actor<H>, wanted: u32) -> u32 {
         let (mut gone, mut dry) = (0, 0);
         while gone < wanted {
-            let want = (wanted - gone).min(SLICE);
+            let slice = if mmu_core::busted!("reclaim_in_one_section") { u32::MAX } else { SLICE };
+            let want = (wanted - gone).min(slice);
             let by_use = self.policy == ReclaimPolicy::Accessed && dry < DRY_ROUNDS;
             let round = self.work(actor, |work| {
                 if by_use { work.zap_coldest(want) } else { work.zap_oldest(want) }
@@ -113,7 +114,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     fn zap_coldest(&mut self, wanted: u32) -> u32 {
         let before = self.writer.pages.live();
         // A quarter, but at least what is wanted: with a small quota progress comes first.
-        let mut looks = (before / 4).min(LOOKS).max(wanted);
+        let most = if mmu_core::busted!("reclaim_looks_at_all") { u32::MAX } else { LOOKS };
+        let mut looks = (before / 4).min(most).max(wanted);
         for lowest in [true, false] {
             let mut at = self.writer.pages.oldest();
             let last = self.writer.pages.newest();

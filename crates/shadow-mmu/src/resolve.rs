@@ -84,7 +84,8 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             let read_only = EmulateReason::ReadOnly { gfn, slot: slot.id };
             return Ok(Err(FaultOutcome::Emulate(read_only)));
         }
-        if write && slot.logs_dirty() && self.actor.ring().is_some_and(DirtyRing::is_full) {
+        let full = slot.logs_dirty() && self.actor.ring().is_some_and(DirtyRing::is_full);
+        if write && full && !mmu_core::busted!("full_ring_ignored") {
             // Before anything permits the write that could not be told.
             self.actor.vm().trace(|| Event::RingFull { gfn });
             return Ok(Err(FaultOutcome::RingFull));

@@ -94,7 +94,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         stack.push((top, 0));
         while let Some((id, from)) = stack.pop() {
             steps += 1;
-            if steps > STEPS && !found.is_empty() {
+            let enough = steps > STEPS && !mmu_core::busted!("sync_takes_every_way");
+            if enough && !found.is_empty() {
                 break;
             }
             let Some(page) = self.writer.pages.get(id) else { continue };
@@ -182,9 +183,12 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
                 accessed: config.is_accessed(now),
                 ..LeafSpec::new(config.pfn(now), Level::L1)
             });
-            config.keep_writes(now, leaf)
+            let forget = mmu_core::busted!("sync_forgets_writes");
+            if forget { leaf } else { config.keep_writes(now, leaf) }
         };
-        if !config.is_hw_present(config.untrack(leaf(cell.load()))) {
+        if !config.is_hw_present(config.untrack(leaf(cell.load())))
+            && !mmu_core::busted!("sync_keeps_empty_leaves")
+        {
             let _ = self.drop_entry(spte);
             return;
         }

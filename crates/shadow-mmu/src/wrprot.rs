@@ -21,7 +21,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
 
     /// The same in every address space: a table is one, whoever writes to it.
     pub(crate) fn write_protect_everywhere(&mut self, gfn: Gfn) {
-        (0..).take(SPACES).for_each(|space| self.write_protect(space, gfn));
+        let spaces = if mmu_core::busted!("table_protected_in_one_space") { 1 } else { SPACES };
+        (0..).take(spaces).for_each(|space| self.write_protect(space, gfn));
     }
 
     fn write_protect_list(&mut self, key: RmapKey) {

@@ -126,6 +126,10 @@ fn a_walk_over_a_range_skips_what_was_never_mapped() {
     assert_eq!(next(Level::L1, 0, 5_000_000 & !511), None);
     assert_eq!(next(Level::L2, 0, 1 << 36), Some(5_000_000 >> 18 << 18));
     assert_eq!(next(Level::L3, 0, 1 << 36), None);
+    // An end inside a block.
+    assert_eq!(next(Level::L2, 5_000_000, 5_000_001), Some(5_000_000));
+    assert_eq!(next(Level::L2, 5_000_001, 5_000_001), None);
+    assert_eq!(next(Level::L2, 5_000_002, 5_000_001), None);
 }
 
 /// On real threads: agers hold lists still while the writer changes them, with pages that "die".
