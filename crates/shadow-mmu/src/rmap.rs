@@ -209,7 +209,9 @@ impl Rmaps {
         let shift = level.shift();
         let last = end.get().checked_sub(1)? >> shift;
         let index = heads.next_provided(from.get() >> shift, last + 1)?;
-        Some(Gfn::new(index << shift).max(from))
+        let first = Gfn::new(index << shift).max(from);
+        // A block that `end` lies within is asked about once: not again from `end` on.
+        (first < end).then_some(first)
     }
 
     /// Bytes of heads and descriptors, with the way to them: what stays allocated until the MMU
