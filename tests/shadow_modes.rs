@@ -7,7 +7,8 @@
 mod common;
 mod shadow_support;
 
-use mmu_core::addr::Gpa;
+use mmu_core::addr::{Gfn, GfnRange, Gpa};
+use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly};
 use mmu_model::AccessKind;
 use shadow_mmu::guest::{GuestRoot, GuestWalker, WriteProtect};
 use shadow_mmu::{PageRole, ReclaimPolicy, ShadowError};
@@ -221,5 +222,22 @@ fn modes_share_no_shadow_of_a_table() {
     world.access(next, AccessKind::Read, true);
     assert!(world.shadow(next).is_some());
     world.check();
+    world.finish();
+}
+
+/// A pass over part of a block that has large lists goes on behind it, and ends: no budget ends it.
+#[test]
+fn a_pass_that_ends_within_a_block_ends() {
+    let mut world = large_page(block(1));
+    world.backing.set(1, 54, true);
+    world.access(0, AccessKind::Write, true);
+    for (start, pages) in [(0, 100), (512, 100), (520, 1), (0, 2048), (700, 3000), (2048, 10)] {
+        let range = GfnRange::from_len(Gfn::new(start), pages);
+        let inside = range.intersection(GfnRange::from_len(Gfn::new(512), 512)).len();
+        let request = AgeRequest::new(range, AgeMode::Test);
+        let (mmu, actor) = (&world.rig.mmu, &mut world.rig.notifier);
+        let report = mmu.age(actor, request, &mut CountOnly);
+        assert_eq!((report.next, report.mapped, report.young), (range.end, inside, inside));
+    }
     world.finish();
 }

@@ -1,5 +1,7 @@
 //! A guest in a paging mode of its choice, and one that changes it.
 
+use std::ops::Range;
+
 use mmu_core::addr::{Gva, Hpa};
 use mmu_core::fault::{FaultError, FaultOutcome};
 use mmu_core::spte::{Capabilities, Legacy};
@@ -17,6 +19,7 @@ use super::wide::{
 };
 use super::{A, D, NX, P, PS, U, W, bits};
 use crate::common::five;
+use crate::common::inside::{fallible, infallible};
 
 /// Where the pointers of PAE stand: two sets of four.
 pub const POINTERS: u64 = 19;
@@ -258,11 +261,29 @@ impl Guest for Kernel {
         Access::supervisor(AccessKind::Read)
     }
 
-    fn load(&mut self, random: &mut Random, memory: &Memory) {
+    fn address(&self, any: u64) -> u64 {
+        let page = any & !0xfff;
+        let bits = match self.mode {
+            Mode::None | Mode::Bits32 { .. } | Mode::Pae => return page & u64::from(u32::MAX),
+            Mode::Long4 => 48,
+            Mode::Long5 => 57,
+        };
+        // Sign-extended.
+        let unused = u64::BITS - bits;
+        ((page << unused) as i64 >> unused) as u64
+    }
+
+    fn load_any(&mut self, any: u64) -> bool {
+        let bits = if self.mode.is_32() { 31 } else { PHYS - 1 };
+        self.root = GuestRoot::Cr3(any & super::bits(0, bits));
+        self.mode != Mode::Pae
+    }
+
+    fn load(&mut self, random: &mut Random, memory: &Memory) -> Range<u64> {
         let cr3 = (tables_of(self.mode.top()).start + random.below(2)) << 12;
         self.root = GuestRoot::Cr3(cr3);
         if self.mode != Mode::Pae {
-            return;
+            return 0..0;
         }
         let cr3 = (POINTERS << 12) + random.below(2) * 32;
         for index in 0..4 {
@@ -279,8 +300,10 @@ impl Guest for Kernel {
                 (0..8).for_each(|index| memory.set((POINTERS << 12) + index * 8, 8, 0));
                 GuestRoot::Pae(self.walker.load_pointers(memory, cr3).unwrap())
             }
-            Err(other) => panic!("{other}"),
+            // The slot is gone: it has pointers that lead nowhere.
+            Err(_) => GuestRoot::Pae(self.walker.load_pointers(&Memory::new(1, 1), 0).unwrap()),
         };
+        POINTERS << 12..(POINTERS << 12) + 64
     }
 
     fn switch(&mut self, random: &mut Random, levels: u8) -> bool {
@@ -289,10 +312,9 @@ impl Guest for Kernel {
         true
     }
 
-    fn enter(&self, rig: &mut Rig<Legacy>, memory: &Memory) -> Hpa {
+    fn enter(&self, rig: &mut Rig<Legacy>, memory: &Memory) -> Result<Hpa, ShadowError> {
         let (vcpu, lock) = (&mut rig.vcpu, &rig.lock);
-        let loaded = vcpu.load_guest_root(lock, &self.walker, memory, &self.root, self.role);
-        loaded.expect("memory")
+        fallible(|| vcpu.load_guest_root(lock, &self.walker, memory, &self.root, self.role))
     }
 
     fn walk(
@@ -321,7 +343,8 @@ impl Guest for Kernel {
         memory: &Memory,
         (walk, request): &Self::Walk,
     ) -> Result<FaultOutcome, ShadowError> {
-        rig.vcpu.fault(&rig.lock, &self.walker, memory, walk, *request)
+        let (vcpu, lock) = (&mut rig.vcpu, &rig.lock);
+        fallible(|| vcpu.fault(lock, &self.walker, memory, walk, *request))
     }
 
     fn is_outside(&self, error: &ShadowError) -> bool {
@@ -330,11 +353,12 @@ impl Guest for Kernel {
     }
 
     fn invalidate(&self, rig: &mut Rig<Legacy>, memory: &Memory, address: u64) {
-        rig.vcpu.guest_invalidated(&rig.lock, &self.walker, memory, Gva::new(address));
+        let (vcpu, lock) = (&mut rig.vcpu, &rig.lock);
+        infallible(|| vcpu.guest_invalidated(lock, &self.walker, memory, Gva::new(address)));
     }
 
     fn flush(&self, rig: &mut Rig<Legacy>, memory: &Memory) {
-        rig.vcpu.guest_flushed(&rig.lock, &self.walker, memory);
+        infallible(|| rig.vcpu.guest_flushed(&rig.lock, &self.walker, memory));
     }
 
     fn fault_invalidates(&self) -> bool {

@@ -10,9 +10,11 @@
 //! | `wide` | any guest whose tables have large pages |
 //! | `kernel` | such a guest in every paging mode |
 //! | `nested` | such a guest that is nested |
+//! | `hostile` | calls that somebody else chooses, of all kinds |
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod hostile;
 pub mod kernel;
 pub mod memory;
 pub mod nested;

@@ -2,6 +2,7 @@
 
 use std::fmt::Debug;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use mmu_core::access;
 use mmu_core::addr::{Gpa, Hpa, Level};
@@ -18,6 +19,7 @@ use super::rig::{Rig, operation};
 use super::wide::{Guest, PHYS, Permits, Start, all_addresses, some_address, tables_of};
 use super::{A, D, NX, P, PS, U, W, bits};
 use crate::common::Modelled;
+use crate::common::inside::{fallible, infallible};
 
 /// EPT with accessed and dirty bits.
 pub const EPT: Kind = Kind::Ept { accessed_dirty: true };
@@ -78,11 +80,15 @@ impl Mode {
             _ => 0,
         };
         let has = |bit: u64| entry & bit != 0;
-        let high = bits(PHYS, 51) | inside | if level > 3 { PS } else { 0 };
+        // AMD's processors reserve the bit of global pages, too.
+        let upper = if self.is_ept() { PS } else { PS | 1 << 8 };
+        let high = bits(PHYS, 51) | inside | if level > 3 { upper } else { 0 };
         // Every nested access is a user's.
         let user = true;
         if self.is_ept() {
-            let bad = has(high | if page { 0 } else { bits(3, 6) }) || (has(2) && !has(1));
+            let inner = if page { 0 } else { bits(3, 6) };
+            let no_memory_type = page && matches!(entry >> 3 & 7, 2 | 3 | 7);
+            let bad = has(high | inner) || (has(2) && !has(1)) || no_memory_type;
             let permits = Permits { read: has(1), write: has(2), user, exec: has(4) };
             return (has(7) && !bad).then_some(permits);
         }
@@ -188,10 +194,20 @@ impl<F: Modelled + Debug> Guest for Hypervisor<F> {
         Access::user(AccessKind::Read)
     }
 
-    fn load(&mut self, random: &mut Random, _: &Memory) {
+    fn address(&self, any: u64) -> u64 {
+        any & bits(12, 12 + self.mode.levels * 9 - 1)
+    }
+
+    fn load_any(&mut self, any: u64) -> bool {
+        self.root = any & bits(0, PHYS - 1);
+        true
+    }
+
+    fn load(&mut self, random: &mut Random, _: &Memory) -> Range<u64> {
         self.root = (tables_of(self.mode.levels).start + random.below(2)) << 12;
         // What does not belong to the address: memory type and walk length.
         self.root |= if self.mode.is_ept() { 0x1e } else { 0 };
+        0..0
     }
 
     /// The hypervisor turns A and D on or off in its EPT pointer.
@@ -202,9 +218,9 @@ impl<F: Modelled + Debug> Guest for Hypervisor<F> {
         true
     }
 
-    fn enter(&self, rig: &mut Rig<F>, memory: &Memory) -> Hpa {
-        let loaded = rig.vcpu.load_nested_root(&rig.lock, &self.walker, memory, self.root, 0);
-        loaded.expect("memory")
+    fn enter(&self, rig: &mut Rig<F>, memory: &Memory) -> Result<Hpa, ShadowError> {
+        let (vcpu, lock) = (&mut rig.vcpu, &rig.lock);
+        fallible(|| vcpu.load_nested_root(lock, &self.walker, memory, self.root, 0))
     }
 
     fn walk(
@@ -233,7 +249,8 @@ impl<F: Modelled + Debug> Guest for Hypervisor<F> {
         memory: &Memory,
         (walk, request): &Self::Walk,
     ) -> Result<FaultOutcome, ShadowError> {
-        rig.vcpu.nested_fault(&rig.lock, &self.walker, memory, walk, *request)
+        let (vcpu, lock) = (&mut rig.vcpu, &rig.lock);
+        fallible(|| vcpu.nested_fault(lock, &self.walker, memory, walk, *request))
     }
 
     fn is_outside(&self, _: &ShadowError) -> bool {
@@ -241,11 +258,12 @@ impl<F: Modelled + Debug> Guest for Hypervisor<F> {
     }
 
     fn invalidate(&self, rig: &mut Rig<F>, memory: &Memory, address: u64) {
-        rig.vcpu.nested_invalidated(&rig.lock, &self.walker, memory, Gpa::new(address));
+        let (vcpu, lock) = (&mut rig.vcpu, &rig.lock);
+        infallible(|| vcpu.nested_invalidated(lock, &self.walker, memory, Gpa::new(address)));
     }
 
     fn flush(&self, rig: &mut Rig<F>, memory: &Memory) {
-        rig.vcpu.nested_flushed(&rig.lock, &self.walker, memory);
+        infallible(|| rig.vcpu.nested_flushed(&rig.lock, &self.walker, memory));
     }
 
     /// The hypervisor gets the fault, which is a flush of the address.
