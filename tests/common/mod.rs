@@ -6,6 +6,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod inside;
 pub mod map_spec;
 pub mod runner;
 pub mod watched;
@@ -268,6 +269,23 @@ impl TlbFlush for TestHost {
     type Ticket = Batch;
 
     fn request(&self, batch: &FlushBatch<'_>) -> Batch {
+        inside::host(|| self.requested(batch))
+    }
+
+    fn wait(&self, batch: Batch) {
+        inside::host(|| self.waited(batch));
+    }
+
+    fn sync_hardware_log(&self) {
+        let hook = self.on_sync.read().unwrap().clone();
+        if let Some(hook) = hook {
+            hook();
+        }
+    }
+}
+
+impl TestHost {
+    fn requested(&self, batch: &FlushBatch<'_>) -> Batch {
         let mut tables = Vec::new();
         batch.for_each_table(|frame| tables.push(frame));
         assert_eq!(tables.len() as u64, batch.tables());
@@ -281,7 +299,7 @@ impl TlbFlush for TestHost {
         batch
     }
 
-    fn wait(&self, batch: Batch) {
+    fn waited(&self, batch: Batch) {
         let hook = self.before_flush.read().unwrap().clone();
         if let Some(hook) = hook {
             hook(&batch);
@@ -305,13 +323,6 @@ impl TlbFlush for TestHost {
                 core.cpu.flush_upper(range.start.get()..range.end.get());
             }
             core.cpu.flush_tables(&tables);
-        }
-    }
-
-    fn sync_hardware_log(&self) {
-        let hook = self.on_sync.read().unwrap().clone();
-        if let Some(hook) = hook {
-            hook();
         }
     }
 }

@@ -1,6 +1,6 @@
 //! What a guest has for memory, and the host behind it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use mmu_core::addr::{Gpa, Level, Pfn};
 use mmu_core::traits::HostPage;
@@ -13,17 +13,24 @@ use crate::common::DATA;
 pub struct Memory {
     words: Vec<AtomicU64>,
     pages: u64,
+    is_there: AtomicBool,
 }
 
 impl Memory {
     /// Memory of `pages`, of which `tables` are there.
     pub fn new(pages: u64, tables: u64) -> Self {
-        Self { words: (0..tables * 512).map(|_| AtomicU64::new(0)).collect(), pages }
+        let words = (0..tables * 512).map(|_| AtomicU64::new(0)).collect();
+        Self { words, pages, is_there: AtomicBool::new(true) }
+    }
+
+    /// Let it be memory, or none: its slot came or went.
+    pub fn set_there(&self, there: bool) {
+        self.is_there.store(there, Ordering::SeqCst);
     }
 
     pub fn get(&self, at: u64, bytes: u64) -> Option<u64> {
         assert_eq!(at % bytes, 0);
-        if at >> 12 >= self.pages {
+        if at >> 12 >= self.pages || !self.is_there.load(Ordering::SeqCst) {
             return None;
         }
         let word = self.words.get((at / 8) as usize).map_or(0, |word| word.load(Ordering::SeqCst));

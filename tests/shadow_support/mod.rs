@@ -7,11 +7,17 @@
 //! | `memory` | the guest's memory, and what the host has behind it |
 //! | `rig` | the MMU under test, the processor and the host of any world |
 //! | `world` | a small guest of four levels, whose every address is looked at |
-//! | `wide` | a guest in any mode, or a nested one, with large pages |
+//! | `wide` | any guest whose tables have large pages |
+//! | `kernel` | such a guest in every paging mode |
+//! | `nested` | such a guest that is nested |
+//! | `hostile` | calls that somebody else chooses, of all kinds |
 
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+pub mod hostile;
+pub mod kernel;
 pub mod memory;
+pub mod nested;
 pub mod rig;
 pub mod wide;
 mod world;

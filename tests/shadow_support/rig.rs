@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Hpa, Hva};
+use mmu_core::fault::FaultError;
 use mmu_core::slot::{LogOptions, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::{Capabilities, SpteConfig, SpteFormat};
 use mmu_core::stats::Counter;
@@ -11,8 +12,12 @@ use mmu_core::traits::{AgeAnswer, AgeMode, AgeRange, Effort, HostPage, ResolveEr
 use mmu_core::vm::{Actor, VmCore};
 use mmu_model::{Access, AccessKind, Caches, Random, SoftCpu, Translation, Walker};
 use shadow_mmu::guest::Operation;
-use shadow_mmu::{ReclaimPolicy, ShadowMmu, ShadowStats, ShadowVcpu, ShadowWriter, WriterLock};
+use shadow_mmu::{
+    ReclaimPolicy, ShadowCount, ShadowError, ShadowMmu, ShadowStats, ShadowVcpu, ShadowWriter,
+    WriterLock,
+};
 
+use crate::common::inside::infallible;
 use crate::common::{Core, DATA, Modelled, Peek, TestHost};
 
 /// The embedder's mutex.
@@ -42,6 +47,14 @@ pub struct Rig<F: SpteFormat> {
     pub register: u64,
     /// Guest pages written since the log was harvested; `None` where writes are not logged.
     pub written: Option<BTreeSet<u64>>,
+    /// The slot's flags; `None` while there is no slot.
+    pub slot: Option<SlotFlags>,
+    /// Pages whose writes somebody wants to see.
+    pub tracked: BTreeSet<u64>,
+    /// No frames, or no memory, is to be had from some call on.
+    refuses: bool,
+    /// Ends it.
+    relent: fn(),
     looks: u64,
     steps: Vec<String>,
 }
@@ -106,6 +119,10 @@ impl<F: Modelled> Rig<F> {
             walker: Walker::new(&format),
             register: 0,
             written: None,
+            slot: Some(SlotFlags::empty()),
+            tracked: BTreeSet::new(),
+            refuses: false,
+            relent: || {},
             looks: 0,
             steps: Vec::new(),
         }
@@ -150,14 +167,15 @@ impl<F: Modelled> Rig<F> {
             self.was_written(gfn);
         }
         let mode = AgeMode::Test;
-        let answer = self.mmu.age_gfn(&mut self.notifier, Gfn::new(gfn), mode, Effort::Full);
+        let actor = &mut self.notifier;
+        let answer = infallible(|| self.mmu.age_gfn(actor, Gfn::new(gfn), mode, Effort::Full));
         if answer != AgeAnswer::Young {
             self.fail(&format!("page {gfn} was accessed and is {answer:?}"));
         }
     }
 
     pub fn was_written(&mut self, gfn: u64) {
-        if let Some(written) = &mut self.written {
+        if let Some(written) = self.written.as_mut().filter(|_| gfn < self.pages) {
             written.insert(gfn);
         }
     }
@@ -167,9 +185,11 @@ impl<F: Modelled> Rig<F> {
         self.was_written(table);
         if !unseen {
             let page = GfnRange::from_len(Gfn::new(table), 1);
-            let _ = self.notifier.mark_dirty(0, page).unwrap();
+            let marked = self.notifier.mark_dirty(0, page);
+            assert!(marked.is_ok() || self.slot.is_none(), "{marked:?}");
             let (lock, vcpu) = (&self.lock, &mut self.vcpu);
-            lock.with(|writer| writer.guest_wrote(vcpu.actor(), Gpa::new(at), bytes));
+            let wrote = || lock.with(|w| w.guest_wrote(vcpu.actor(), Gpa::new(at), bytes));
+            infallible(wrote);
         }
     }
 
@@ -177,14 +197,114 @@ impl<F: Modelled> Rig<F> {
     pub fn log(&mut self) {
         self.note("log".to_owned());
         let vm = Arc::clone(self.mmu.vm());
-        let request = slot(self.pages, SlotFlags::LOG_DIRTY);
+        let flags = self.slot.expect("a slot") | SlotFlags::LOG_DIRTY;
+        self.slot = Some(flags);
+        let request = slot(self.pages, flags);
         let _ = vm.set_slot(&mut self.slots, &mut self.notifier, &request, |_, _| {}).unwrap();
         let memslot = *vm.slots().read(&self.notifier.pinned().section).by_id(0, 0).unwrap();
-        self.mmu.log_enabled(&mut self.notifier, &self.lock, &memslot);
+        infallible(|| self.mmu.log_enabled(&mut self.notifier, &self.lock, &memslot));
         self.written = Some(BTreeSet::new());
         for gauge in [Counter::Pages2M, Counter::Pages1G] {
             assert_eq!(vm.stats().get(gauge), 0, "huge leaves are left");
         }
+    }
+
+    /// Log writes no more.
+    pub fn unlog(&mut self) {
+        self.note("log no more".to_owned());
+        let flags = self.slot.expect("a slot").difference(SlotFlags::LOG_DIRTY);
+        self.slot = Some(flags);
+        self.set_slot(&slot(self.pages, flags));
+        self.written = None;
+    }
+
+    /// Change the slot, which loses what it had if it goes.
+    fn set_slot(&mut self, request: &SlotRequest) {
+        let vm = Arc::clone(self.mmu.vm());
+        let (mmu, lock) = (&self.mmu, &self.lock);
+        let changed = vm.set_slot(&mut self.slots, &mut self.notifier, request, |actor, old| {
+            let invalidation = vm.notify().begin(actor.participant(), old.range());
+            let _ = infallible(|| mmu.forget_range(actor, lock, &invalidation, old.range()));
+        });
+        assert!(changed.is_ok(), "{changed:?}");
+    }
+
+    /// The slot goes.
+    pub fn delete_slot(&mut self) {
+        self.note("the slot goes".to_owned());
+        self.set_slot(&SlotRequest { bytes: 0, ..slot(self.pages, SlotFlags::empty()) });
+        (self.slot, self.written) = (None, None);
+        self.tracked.clear();
+    }
+
+    /// A slot comes.
+    pub fn create_slot(&mut self, flags: SlotFlags) {
+        self.note(format!("a slot comes: {flags:?}"));
+        self.set_slot(&slot(self.pages, flags));
+        self.slot = Some(flags);
+        self.written = flags.contains(SlotFlags::LOG_DIRTY).then(BTreeSet::new);
+    }
+
+    /// May the guest write to the page without an exit?
+    pub fn may_write(&self, gfn: u64) -> bool {
+        let read_only = self.slot.is_some_and(|flags| flags.contains(SlotFlags::READ_ONLY));
+        !read_only && !self.tracked.contains(&gfn)
+    }
+
+    /// Somebody wants to see all writes to a page from now on, or does not any more.
+    pub fn track(&mut self, gfn: u64) {
+        let vm = Arc::clone(self.mmu.vm());
+        vm.enable_write_tracking(&mut self.slots, &mut self.notifier).expect("memory");
+        let track = {
+            let work = self.notifier.pinned();
+            let slots = work.vm.slots().read(&work.section);
+            slots.meta(0, 0).and_then(|meta| meta.track().cloned()).expect("it is enabled")
+        };
+        if self.tracked.remove(&gfn) {
+            self.note(format!("track {gfn} no more"));
+            assert_eq!(track.untrack(Gfn::new(gfn)), Ok(true));
+            return;
+        }
+        self.note(format!("track {gfn}"));
+        self.tracked.insert(gfn);
+        assert_eq!(track.track(Gfn::new(gfn)), Ok(true));
+        // No section is open. Those that are closed left entries, which lose W.
+        let (actor, gfn) = (&mut self.notifier, Gfn::new(gfn));
+        infallible(|| self.mmu.protect_marked(actor, &self.lock, 0, gfn, 1));
+    }
+
+    /// There are no frames any more after so many that the host gives.
+    pub fn refuse_after(&mut self, frames: u64) {
+        self.note(format!("{frames} frames, then none"));
+        let host = self.mmu.vm().host();
+        host.refuse(host.provides() + frames, u64::MAX);
+        self.refuses = true;
+    }
+
+    /// The test refuses memory; `relent` ends that.
+    pub fn refuse_memory(&mut self, relent: fn()) {
+        (self.refuses, self.relent) = (true, relent);
+    }
+
+    /// May a call fail for want of a frame, or of memory?
+    pub fn refuses(&self) -> bool {
+        self.refuses
+    }
+
+    /// Did a call fail for want of that? From now on there is some, so it must not again.
+    pub fn ran_out(&mut self, error: &ShadowError) -> bool {
+        let ran_out = matches!(
+            error,
+            ShadowError::Fault(FaultError::OutOfFrames(_)) | ShadowError::NoMemory { bytes: 1.. }
+        );
+        if !ran_out || !self.refuses {
+            return false;
+        }
+        self.note(format!("  {error}"));
+        self.mmu.vm().host().refuse(u64::MAX, u64::MAX);
+        (self.relent)();
+        self.refuses = false;
+        true
     }
 
     /// INVARIANT[I9]: every page written since the last harvest is reported. `false` if writes are
@@ -194,7 +314,8 @@ impl<F: Modelled> Rig<F> {
         let written = std::mem::take(written);
         let mut words = vec![0_u64; self.pages.div_ceil(64) as usize];
         let mmu = Arc::clone(&self.mmu);
-        let dirty = mmu.harvest_log(&mut self.notifier, &self.lock, 0, 0, &mut words).unwrap();
+        let (actor, lock) = (&mut self.notifier, &self.lock);
+        let dirty = infallible(|| mmu.harvest_log(actor, lock, 0, 0, &mut words)).unwrap();
         self.note(format!("harvest {dirty}"));
         assert_eq!(dirty, words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>());
         let lost = |gfn: &&u64| words[(**gfn / 64) as usize] >> (**gfn % 64) & 1 == 0;
@@ -210,7 +331,8 @@ impl<F: Modelled> Rig<F> {
         let vm = Arc::clone(self.mmu.vm());
         let invalidation = vm.notify().begin(self.notifier.participant(), range);
         change(self);
-        let _ = self.mmu.unmap_in(&mut self.notifier, &self.lock, &invalidation, range);
+        let (actor, lock) = (&mut self.notifier, &self.lock);
+        let _ = infallible(|| self.mmu.unmap_in(actor, lock, &invalidation, range));
         drop(invalidation);
     }
 
@@ -218,23 +340,27 @@ impl<F: Modelled> Rig<F> {
     pub fn drop_everything(&mut self) {
         self.note("drop everything".to_owned());
         let (lock, actor) = (&self.lock, &mut self.notifier);
-        lock.with(|writer| {
+        let drop_all = |writer: &mut ShadowWriter<F, TestHost>| {
             writer.invalidate_all(actor);
             let _ = writer.zap_obsolete(actor);
-        });
+        };
+        infallible(|| lock.with(drop_all));
     }
 
     /// INVARIANT[I15], INVARIANT[I16], INVARIANT[I17], INVARIANT[I18]: the writer's own books, each
     /// sixteenth time.
     pub fn check_books(&mut self) {
         self.looks += 1;
-        if self.looks % 16 != 0 {
-            return;
+        if self.looks % 16 == 0 {
+            let _ = self.check_books_now();
         }
+    }
+
+    pub fn check_books_now(&mut self) -> ShadowCount {
         let (lock, actor) = (&self.lock, &mut self.notifier);
-        let flaw = lock.with(|writer| writer.check(actor)).err();
-        if let Some(flaw) = flaw {
-            self.fail(&format!("{flaw}"));
+        match lock.with(|writer| writer.check(actor)) {
+            Ok(count) => count,
+            Err(flaw) => self.fail(&format!("{flaw}")),
         }
     }
 
@@ -243,18 +369,23 @@ impl<F: Modelled> Rig<F> {
     }
 
     pub fn finish(mut self) {
-        self.vcpu.drop_roots(&self.lock);
+        let _ = self.check_books_now();
+        infallible(|| self.vcpu.drop_roots(&self.lock));
         let (lock, actor) = (&self.lock, &mut self.notifier);
-        let live = lock.with(|writer| {
+        let give_up = |writer: &mut ShadowWriter<F, TestHost>| {
             while writer.zap_obsolete(actor) {}
             let _ = writer.shrink(actor, u32::MAX);
             writer.live_pages()
-        });
+        };
+        let live = infallible(|| lock.with(give_up));
         assert_eq!(live, 0, "seed {}: pages left", self.seed);
         let vm = Arc::clone(self.mmu.vm());
         for gauge in [Counter::Pages4K, Counter::Pages2M, Counter::Pages1G, Counter::Tables] {
             assert_eq!(vm.stats().get(gauge), 0, "seed {}: {}", self.seed, gauge.name());
         }
+        let paid = vm.stats().get(Counter::FlushPaid);
+        assert_eq!(vm.stats().get(Counter::FlushOwed), paid, "seed {}: flushes", self.seed);
+        assert_eq!(vm.notify().in_progress(), 0, "seed {}: invalidations", self.seed);
         drop((self.vcpu, self.notifier));
         assert_eq!(vm.pool().frames_in_use(), 0, "seed {}: frames in use", self.seed);
     }

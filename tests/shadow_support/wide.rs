@@ -4,16 +4,18 @@
 //! What its tables mean a [`Guest`] says, walked by hand: masks, indices and reserved bits are
 //! written down here once more. Addresses are linear, or a nested guest's physical ones.
 
+use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::ops::Range;
 use std::sync::Arc;
 
 use mmu_core::addr::{Gfn, GfnRange, Hpa};
-use mmu_core::fault::FaultOutcome;
+use mmu_core::fault::{EmulateReason, FaultOutcome};
+use mmu_core::slot::SlotFlags;
 use mmu_core::spte::Capabilities;
 use mmu_model::{Access, AccessKind, Random, Translation};
 use shadow_mmu::guest::WalkPath;
-use shadow_mmu::{ReclaimPolicy, ShadowError};
+use shadow_mmu::{ReclaimPolicy, ShadowCount, ShadowError};
 
 use super::memory::{Backing, Memory};
 use super::rig::{Machine, Rig, some_kind};
@@ -22,7 +24,7 @@ use crate::common::Modelled;
 
 /// Guest memory: four blocks of 2 MiB.
 pub const PAGES: u64 = BLOCKS * 512;
-const BLOCKS: u64 = 4;
+pub const BLOCKS: u64 = 4;
 /// The first frames are tables. Others hold nothing but zeros.
 pub const TABLES: u64 = 20;
 /// Physical address bits of guest and host.
@@ -156,13 +158,18 @@ pub trait Guest: Debug {
     /// Somebody only looks at the shadow tables.
     fn look(&self) -> Access;
 
-    /// Choose a root.
-    fn load(&mut self, random: &mut Random, memory: &Memory);
+    /// The address that it has for a number of 64 bits.
+    fn address(&self, any: u64) -> u64;
+
+    /// Choose a root; the bytes of memory that were written for it.
+    fn load(&mut self, random: &mut Random, memory: &Memory) -> Range<u64>;
+    /// Choose one out of all that a register can hold; `false` where memory holds it.
+    fn load_any(&mut self, any: u64) -> bool;
     /// Change its mode, on shadow tables of `levels`; `false` if it has no other.
     fn switch(&mut self, random: &mut Random, levels: u8) -> bool;
 
     /// Load the shadow of the root.
-    fn enter(&self, rig: &mut Rig<Self::Format>, memory: &Memory) -> Hpa;
+    fn enter(&self, rig: &mut Rig<Self::Format>, memory: &Memory) -> Result<Hpa, ShadowError>;
     /// `None` if the guest has a fault of its own; what a guest does not get is an error.
     fn walk(
         &self,
@@ -216,8 +223,14 @@ pub struct World<G: Guest> {
     pub memory: Memory,
     pub backing: Arc<Backing>,
     backings: u64,
+    /// Numbers of others that are looked at as well.
+    pub extra: Vec<u64>,
     pub addresses: Vec<u64>,
     allowed: Vec<Vec<Meaning>>,
+    /// Guest pages accessed since they were aged with a flush.
+    pub touched: BTreeSet<u64>,
+    /// A walk that its vCPU has not asked about yet.
+    pub kept: Option<G::Walk>,
     seen: Seen,
 }
 
@@ -229,12 +242,15 @@ impl<G: Guest> World<G> {
         let machine = Machine::default();
         let mut world = Self {
             rig: Rig::new(machine, seed, caps, quota, policy, PAGES, move |gfn| pages.page(gfn)),
+            extra: Vec::new(),
             addresses: guest.addresses(),
             guest,
             memory: Memory::new(PAGES, TABLES),
             backing,
             backings: 0,
             allowed: Vec::new(),
+            touched: BTreeSet::new(),
+            kept: None,
             seen: Seen::default(),
         };
         (0..BLOCKS).for_each(|block| world.back(block));
@@ -258,7 +274,7 @@ impl<G: Guest> World<G> {
     }
 
     /// Another host page behind a block.
-    fn back(&mut self, block: u64) {
+    pub fn back(&mut self, block: u64) {
         self.backings += 1;
         let huge = self.rig.random.chance(1, 2);
         self.backing.set(block, self.backings, huge);
@@ -297,25 +313,57 @@ impl<G: Guest> World<G> {
 
     /// The guest loads a root, which flushes everything.
     pub fn load(&mut self) {
-        self.guest.load(&mut self.rig.random, &self.memory);
+        let written = self.guest.load(&mut self.rig.random, &self.memory);
         self.rig.note(format!("load {:x?}", self.guest));
+        if !written.is_empty() {
+            let bytes = written.end - written.start;
+            self.rig.table_written(written.start >> 12, written.start, bytes, false);
+        }
         self.enter_anew();
         self.forget();
     }
 
     /// The guest is in another mode, or has another root; everything was flushed.
     pub fn switched(&mut self) {
-        self.addresses = self.guest.addresses();
+        self.list_addresses();
         self.enter_anew();
         self.forget();
     }
 
-    pub fn enter_anew(&mut self) {
-        let root = self.guest.enter(&mut self.rig, &self.memory);
-        self.rig.set_register(root);
+    /// In the guest's present mode.
+    pub fn list_addresses(&mut self) {
+        self.addresses = self.guest.addresses();
+        for any in &self.extra {
+            let address = self.guest.address(*any);
+            if !self.addresses.contains(&address) {
+                self.addresses.push(address);
+            }
+        }
     }
 
-    fn enter(&mut self) {
+    pub fn enter_anew(&mut self) {
+        let before = self.rig.refuses().then(|| self.picture());
+        let root = match self.guest.enter(&mut self.rig, &self.memory) {
+            Err(error) if self.rig.ran_out(&error) => {
+                assert_eq!(before, Some(self.picture()), "{error}, and something changed");
+                self.guest.enter(&mut self.rig, &self.memory)
+            }
+            entered => entered,
+        };
+        self.rig.set_register(root.expect("memory"));
+    }
+
+    /// All that a call which fails leaves as it was.
+    pub fn picture(&mut self) -> (Vec<Option<Translation>>, ShadowCount) {
+        (self.all_shadows(), self.rig.check_books_now())
+    }
+
+    /// What every address leads to.
+    pub fn all_shadows(&self) -> Vec<Option<Translation>> {
+        (0..self.addresses.len()).map(|number| self.shadow(number)).collect()
+    }
+
+    pub fn enter(&mut self) {
         if !self.rig.vcpu.root_is_current() {
             self.rig.note("  the root went".to_owned());
             self.enter_anew();
@@ -340,7 +388,7 @@ impl<G: Guest> World<G> {
         }
     }
 
-    fn invalidate(&mut self, number: usize) {
+    pub fn invalidate(&mut self, number: usize) {
         let address = self.addresses[number];
         self.rig.note(format!("invalidate {address:#x}"));
         self.guest.invalidate(&mut self.rig, &self.memory, address);
@@ -364,7 +412,7 @@ impl<G: Guest> World<G> {
     }
 
     /// The guest edits an entry: unseen where it can, else through the emulator.
-    fn edit(&mut self) {
+    pub fn edit(&mut self) {
         let (guest, random) = (&self.guest, &mut self.rig.random);
         if guest.top() == 0 {
             return;
@@ -381,9 +429,18 @@ impl<G: Guest> World<G> {
         let entry = guest.some_entry(random, level);
         let bytes = guest.bytes();
         let at = table * 4096 + index * bytes;
+        self.rig.note(format!("{table}[{index}] = {entry:#x}, level {level}"));
+        self.write(at, bytes, entry);
+    }
+
+    /// The guest writes to one of its tables: unseen where it can, else through the emulator.
+    pub fn write(&mut self, at: u64, bytes: u64, value: u64) {
+        let table = at >> 12;
         let unseen = self.is_writable(table);
-        self.rig.note(format!("{table}[{index}] = {entry:#x}, level {level}, unseen: {unseen}"));
-        self.memory.set(at, bytes, entry);
+        if unseen {
+            self.rig.note("  unseen".to_owned());
+        }
+        self.memory.set(at, bytes, value);
         self.rig.table_written(table, at, bytes, unseen);
         self.remember_all();
     }
@@ -409,18 +466,37 @@ impl<G: Guest> World<G> {
                 }
                 return;
             };
+            let before = self.rig.refuses().then(|| self.picture());
             let outcome = self.guest.fault(&mut self.rig, &self.memory, &walk);
             let (gfn, access) = (self.guest.path(&walk).gfn, self.guest.path(&walk).access);
             self.rig.note(format!("  {outcome:?}: gfn {gfn} {access:?}"));
             match outcome {
-                Ok(FaultOutcome::Fixed | FaultOutcome::Spurious | FaultOutcome::Retry) => {}
+                Ok(FaultOutcome::Fixed | FaultOutcome::Spurious | FaultOutcome::Retry) => {
+                    self.touched.insert(gfn.get());
+                }
                 Ok(FaultOutcome::WriteProtected) => return,
                 Ok(FaultOutcome::Emulate(_)) if gfn.get() >= PAGES => return,
+                Ok(FaultOutcome::Emulate(why)) if self.explains(why, kind) => return,
                 Err(error) if self.guest.is_outside(&error) => return,
+                Err(error) if self.rig.ran_out(&error) => {
+                    assert_eq!(before, Some(self.picture()), "{error}, and something changed");
+                }
                 other => self.rig.fail(&format!("{other:?}")),
             }
         }
         self.rig.fail("eight faults, and no end");
+    }
+
+    /// Is that why an access is emulated?
+    pub fn explains(&self, why: EmulateReason, kind: AccessKind) -> bool {
+        match why {
+            EmulateReason::NoSlot { .. } => self.rig.slot.is_none(),
+            EmulateReason::ReadOnly { .. } => {
+                let read_only = |flags: SlotFlags| flags.contains(SlotFlags::READ_ONLY);
+                self.rig.slot.is_some_and(read_only) && kind == AccessKind::Write
+            }
+            _ => false,
+        }
     }
 
     fn reached(&mut self, number: usize, pfn: u64, kind: AccessKind, user: bool) {
@@ -428,6 +504,7 @@ impl<G: Guest> World<G> {
         let exec = kind == AccessKind::Fetch;
         let seen = Meaning { gfn: pfn, read, write, user, exec, dirty: true, level: 0 };
         let gfn = self.judge(number, &seen);
+        self.touched.insert(gfn);
         self.rig.was_accessed(gfn, kind);
         let Some(now) = self.meaning(self.addresses[number]) else { return };
         self.seen.reached[now.level as usize] += 1;
@@ -457,10 +534,13 @@ impl<G: Guest> World<G> {
             let address = self.addresses[number];
             self.rig.fail(&format!("{address:#x} reaches {seen:x?}, allowed is {known:x?}"));
         };
+        if seen.write && !self.rig.may_write(found.gfn) {
+            self.rig.fail(&format!("page {} is written unseen", found.gfn));
+        }
         found.gfn
     }
 
-    fn harvest(&mut self) {
+    pub fn harvest(&mut self) {
         if self.rig.harvest()
             && (0..self.addresses.len()).any(|n| self.shadow(n).is_some_and(|s| s.writable()))
         {
@@ -469,7 +549,7 @@ impl<G: Guest> World<G> {
     }
 
     /// The host takes a block back and gives another, of any size.
-    fn take_back(&mut self) {
+    pub fn take_back(&mut self) {
         let block = self.rig.random.below(BLOCKS);
         let range = GfnRange::from_len(Gfn::new(block * 512), 512);
         let (backing, number) = (&self.backing, &mut self.backings);
@@ -507,23 +587,32 @@ impl<G: Guest> World<G> {
             86..91 if G::INVALIDATES => self.invalidate(number),
             86..95 => self.load(),
             95 => {
-                if self.guest.switch(&mut self.rig.random, self.rig.levels) {
-                    self.addresses = self.guest.addresses();
-                    self.load();
-                }
+                self.switch();
             }
             96..98 => self.take_back(),
             98 => match self.rig.random.below(2) {
                 0 => self.harvest(),
                 _ => self.rig.drop_everything(),
             },
-            _ => {
-                self.rig.note("flush".to_owned());
-                self.guest.flush(&mut self.rig, &self.memory);
-                self.rig.core.lock().unwrap().cpu.flush_all();
-                self.forget();
-            }
+            _ => self.flush(),
         }
+    }
+
+    /// The guest changes its mode.
+    pub fn switch(&mut self) {
+        if self.guest.switch(&mut self.rig.random, self.rig.levels) {
+            self.kept = None;
+            self.list_addresses();
+            self.load();
+        }
+    }
+
+    /// The guest flushes everything.
+    pub fn flush(&mut self) {
+        self.rig.note("flush".to_owned());
+        self.guest.flush(&mut self.rig, &self.memory);
+        self.rig.core.lock().unwrap().cpu.flush_all();
+        self.forget();
     }
 
     pub fn finish(self) {

@@ -87,6 +87,7 @@ impl<F: SpteFormat, H: Host> AgeRange for ShadowMmu<F, H> {
             && due.of_others
         {
             // What was aged without a flush before may still hide accesses in TLBs.
+            reader.stats().inc(Counter::FlushOwed);
             debt.owe(GfnRange::ALL);
         }
         reader.pay(debt, FlushScope::Ranges);
@@ -489,6 +490,7 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
             self.report.lost += 1;
         }
         if self.request.mode == AgeMode::ClearFlush && self.request.effort == Effort::Full {
+            shard.inc(Counter::FlushOwed);
             self.debt.owe(GfnRange::entry(gfn, level));
         }
         true

@@ -1,7 +1,7 @@
 //! Shadow faults: from a walk over the guest's tables to an entry of ours.
 //!
 //! Owns [`ShadowVcpu::fault`]. Phases (KVM rows 4.16, 4.18): walk the guest's tables -> find slot
-//! and page with nothing held -> with the writer: make room, take memory -> in a section: stale? ->
+//! and page with nothing held -> with the writer: take memory, make room -> in a section: stale? ->
 //! walk down our tables, making shadow pages and linking them -> install.
 //!
 //! **Flush before trust.** A new shadow of a guest table relies on seeing the guest's writes to it,
@@ -160,9 +160,10 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
                 Attempt::Done(outcome) => return Ok(outcome),
                 Attempt::Again => {}
                 Attempt::Room => {
+                    // First what may fail. What goes to make room takes nothing of it away.
+                    writer.reserve_tables(target, self.role)?;
                     let wanted = writer.work(&mut self.actor, |work| work.missing_pages(target));
                     writer.make_room(&mut self.actor, wanted);
-                    writer.reserve_tables(target, self.role)?;
                     room = Room::Made;
                 }
             }

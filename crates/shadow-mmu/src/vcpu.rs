@@ -159,8 +159,8 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         let key = RootKey::of(guest, root, role, self.mmu.config().levels())?;
         self.actor.top_up(1)?;
         let (root, mut synced, address) = lock.with(|writer| {
-            writer.make_room(&mut self.actor, 1);
             writer.reserve_pages(1, role.space(), core::iter::once(key.gfn))?;
+            writer.make_room(&mut self.actor, 1);
             let page = self.find_root(writer, key)?;
             if self.page() != Some(page) {
                 writer.hold_root(page);

@@ -20,7 +20,7 @@ use mmu_core::frame::MmuCache;
 use mmu_core::lock::Shared;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{SpteConfig, SpteFormat};
-use mmu_core::stats::StatsShard;
+use mmu_core::stats::{Counter, StatsShard};
 use mmu_core::traits::Host;
 use mmu_core::vm::{Actor, SharedWork, VmCore};
 
@@ -177,7 +177,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     /// A linear address may go on reaching what a changed link led to: nobody knows which, so all
     /// go.
     pub(crate) fn owe_everything(&mut self) {
-        self.debt.owe(GfnRange::ALL);
+        self.owe_range(GfnRange::ALL);
     }
 
     /// A root is no good any more: every vCPU leaves the guest and looks at its root before it goes
@@ -190,6 +190,11 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
 
     /// Frames of `pages` pages from `gfn` on are stale in TLBs.
     pub(crate) fn owe(&mut self, gfn: Gfn, pages: u64) {
-        self.debt.owe(GfnRange::from_len(gfn, pages));
+        self.owe_range(GfnRange::from_len(gfn, pages));
+    }
+
+    fn owe_range(&mut self, range: GfnRange) {
+        self.shard.inc(Counter::FlushOwed);
+        self.debt.owe(range);
     }
 }

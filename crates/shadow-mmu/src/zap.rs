@@ -200,6 +200,7 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
         if invalidation.others_in_progress() {
             // Another may have taken the leaves out; its flush may not be over.
             let mut debt = FlushDebt::new();
+            actor.stats().inc(Counter::FlushOwed);
             debt.owe(range);
             actor.pay(debt, mmu_core::flush::FlushScope::Ranges);
         }
