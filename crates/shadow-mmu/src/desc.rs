@@ -19,8 +19,8 @@ const WORDS: usize = if cfg!(loom) { 1 } else { 8 };
 pub(crate) const DESC_REFS: u32 = if cfg!(loom) { 1 } else { 15 };
 /// Where the number of the next descriptor stands.
 const NEXT: u32 = DESC_REFS;
-/// Bits of a descriptor's number; in models one node's.
-const DESC_BITS: u32 = if cfg!(loom) { 3 } else { 32 };
+/// Bits of a descriptor's number; in models those of what one fault reserves.
+const DESC_BITS: u32 = if cfg!(loom) { 6 } else { 32 };
 
 static_assertions::const_assert!(DESC_REFS == if WORDS == 8 { 15 } else { 1 });
 

@@ -21,8 +21,8 @@ use crate::radix::{Near, NoMemory, Radix};
 use crate::rmap::Rmaps;
 use crate::spte_ref::{PageId, SpteRef};
 
-/// Bits of a shadow page's number.
-const PAGE_BITS: u32 = PageId::LIMIT.ilog2() + 1;
+/// Bits of a shadow page's number; in models one node's.
+const PAGE_BITS: u32 = if cfg!(loom) { 3 } else { PageId::LIMIT.ilog2() + 1 };
 
 /// The shadow page tables of a VM, in format `F`. See the file's head.
 pub struct ShadowMmu<F: SpteFormat, H: Host> {
