@@ -126,7 +126,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             let wanted = writer.work(&mut self.actor, |work| work.missing_pages(&target));
             writer.make_room(&mut self.actor, wanted);
             writer.reserve_for(&target, self.role)?;
-            let outcome = self.install(writer, guest, mem, &target);
+            let outcome = self.install(writer, guest, mem, &target)?;
             if target.logged && target.write && outcome == FaultOutcome::Fixed {
                 // With the writer held: a harvest that comes next finds the mark.
                 let page = GfnRange::from_len(target.path.gfn, 1);
@@ -143,18 +143,23 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
-    ) -> FaultOutcome {
+    ) -> Result<FaultOutcome, ShadowError> {
+        let own = writer.own_invalidations;
+        writer.unwatched = None;
         for _ in 0..MAX_ATTEMPTS {
             let attempt = writer.work_with_frames(&mut self.actor, |work, cache| {
-                work.attempt(cache, guest, mem, target)
+                work.attempt(cache, guest, mem, target, own)
             });
+            if let Some(error) = writer.unwatched.take() {
+                return Err(error.into());
+            }
             match attempt {
-                Attempt::Done(outcome) => return outcome,
+                Attempt::Done(outcome) => return Ok(outcome),
                 Attempt::Again => {}
             }
         }
         // Each attempt made progress; the guest may have others to make room for.
-        FaultOutcome::Retry
+        Ok(FaultOutcome::Retry)
     }
 }
 
@@ -182,10 +187,13 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
+        own: u64,
     ) -> Attempt {
         let pages = GfnRange::entry(target.path.gfn, target.goal);
+        // INVARIANT[I11]: nobody else's invalidation has ended since; ours took nothing back.
+        let snapshot = target.snapshot.after_own(self.writer.own_invalidations - own);
         if self.vm.slots().generation() != target.generation
-            || self.vm.notify().must_retry(self.section, target.snapshot, pages)
+            || self.vm.notify().must_retry(self.section, snapshot, pages)
             || !self.may_start(target)
         {
             return Attempt::Done(FaultOutcome::Retry);
@@ -206,6 +214,9 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             // Used: no flood of writes to it (KVM row 4.53).
             page.writes = 0;
             let level = page.level();
+            if self.watch(at) {
+                return Attempt::Again;
+            }
             let place = SpteRef::new(at, shadow_index(target.gva, level));
             // Asked anew at each level: the tables that this attempt makes shadows of may lie in
             // the very page that is to be mapped.
@@ -278,7 +289,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         };
         // INVARIANT[I18]: nothing out of sync is linked (KVM rows 4.21, 4.40).
         self.in_sync(guest, mem, child)?;
-        if !self.debt.is_empty() {
+        if self.owes() {
             return Err(Attempt::Again);
         }
         if self.unlink_excess(child) {
@@ -338,6 +349,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         self.writer.stats.pages_made += 1;
         if self.writer.pages.get(page).is_some_and(ShadowPage::shadows_a_table) {
             self.account(role.space(), gfn);
+            self.watch(page);
         }
         Ok(page)
     }
@@ -497,21 +509,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         self.let_go_unsync(gfn, target.prefetch)
     }
 
-    /// Does somebody else want to see every write to the frame?
-    fn is_tracked(&self, gfn: Gfn) -> bool {
-        if !self.vm.slots().tracks_writes() {
-            return false;
-        }
-        let slots = self.vm.slots().read(self.section.epoch());
-        (0..mmu_core::slot::MAX_ADDRESS_SPACES).any(|space| {
-            let slot = slots.find(space, gfn);
-            let meta = slot.and_then(|slot| slots.meta(space, slot.id));
-            meta.and_then(|meta| meta.track()).is_some_and(|track| track.is_tracked(gfn))
-        })
-    }
-
     /// Take huge leaves over a table out, in every address space: what they map comes back small.
-    fn zap_huge_over(&mut self, gfn: Gfn) {
+    pub(crate) fn zap_huge_over(&mut self, gfn: Gfn) {
         let mut gone = ShadowZap::default();
         for space in (0..).take(SPACES) {
             for level in [Level::L2, Level::L3] {

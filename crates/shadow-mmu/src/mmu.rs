@@ -9,6 +9,7 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use mmu_core::addr::Pfn;
+use mmu_core::direct::DirectTables;
 use mmu_core::epoch::EpochGuard;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{SpteConfig, SpteFormat};
@@ -32,11 +33,19 @@ pub struct ShadowMmu<F: SpteFormat, H: Host> {
     /// Frame number plus 1 of each shadow page, by its number; 0 for none.
     frames: Radix<plain::AtomicU64>,
     unflushed: Unflushed,
+    /// What maps the same memory directly, if anything does.
+    beside: Option<Arc<dyn DirectTables<H>>>,
 }
 
 impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
-    pub(crate) fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, rmaps: Arc<Rmaps>) -> Self {
-        Self { vm, config, rmaps, frames: Radix::new(PAGE_BITS), unflushed: Unflushed::new() }
+    pub(crate) fn new(
+        vm: Arc<VmCore<H>>,
+        config: SpteConfig<F>,
+        rmaps: Arc<Rmaps>,
+        beside: Option<Arc<dyn DirectTables<H>>>,
+    ) -> Self {
+        let frames = Radix::new(PAGE_BITS);
+        Self { vm, config, rmaps, frames, unflushed: Unflushed::new(), beside }
     }
 
     /// The VM.
@@ -55,6 +64,11 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
     #[must_use]
     pub fn rmaps(&self) -> &Arc<Rmaps> {
         &self.rmaps
+    }
+
+    /// What maps the same memory directly.
+    pub(crate) fn beside(&self) -> Option<&Arc<dyn DirectTables<H>>> {
+        self.beside.as_ref()
     }
 
     pub(crate) fn unflushed(&self) -> &Unflushed {
