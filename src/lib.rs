@@ -9,6 +9,7 @@ pub use mmu_core as core;
 pub use shadow_mmu as shadow;
 pub use tdp_mmu as tdp;
 
+mod aging;
 mod log;
 mod memory;
 mod track;

@@ -10,8 +10,8 @@ use mmu_core::slot::SlotFlags;
 use mmu_model::{AccessKind, Random};
 use shadow_support::rig::some_kind;
 use vm_support::{
-    ALL, BACK, BLOCKS, End, LARGE, Machine, PAGES, READ, TABLES, first_table, leaf, link, slot,
-    tables_at,
+    ALL, BACK, BLOCKS, End, LARGE, Machine, PAGES, READ, Setup, TABLES, first_table, leaf, link,
+    slot, tables_at,
 };
 
 /// What a run came across.
@@ -238,9 +238,9 @@ fn a_huge_page_over_a_table_is_written_no_more() {
 /// KVM rows 3.34, 3.36, 6.6: what goes, goes from both.
 #[test]
 fn unmap_zap_all_and_the_end_of_a_slot_reach_both_mmus() {
-    let parts =
-        [slot(0, 0, 512, SlotFlags::empty()), slot(1, 512, PAGES - 512, SlotFlags::empty())];
-    let mut machine = Machine::with(4, 1000, tdp_mmu::TdpOptions::default(), &parts);
+    let slots =
+        vec![slot(0, 0, 512, SlotFlags::empty()), slot(1, 512, PAGES - 512, SlotFlags::empty())];
+    let mut machine = Machine::with(4, Setup { slots, ..Setup::default() });
     machine.set_up_path();
     machine.set_up(0, 1, leaf(600));
     let map = |machine: &mut Machine| {

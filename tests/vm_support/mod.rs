@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use mmu_core::access;
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Hva, Level, Pfn};
 use mmu_core::fault::FaultOutcome;
-use mmu_core::slot::{SlotFlags, SlotLimits, SlotRequest, SlotWriter};
+use mmu_core::slot::{LogOptions, SlotFlags, SlotLimits, SlotRequest, SlotWriter};
 use mmu_core::spte::{Capabilities, Ept, SpteConfig};
 use mmu_core::stats::Counter;
 use mmu_core::traits::{HostPage, ResolveError};
@@ -87,6 +87,21 @@ pub struct Meaning {
     pub permits: u64,
 }
 
+/// What a machine is made with.
+pub struct Setup {
+    pub quota: u32,
+    pub options: TdpOptions,
+    pub slots: Vec<SlotRequest>,
+    pub log: LogOptions,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        let slots = vec![slot(0, 0, PAGES, SlotFlags::empty())];
+        Self { quota: 1000, options: TdpOptions::default(), slots, log: LogOptions::default() }
+    }
+}
+
 pub struct Machine {
     pub random: Random,
     pub seed: u64,
@@ -123,10 +138,11 @@ pub fn slot(id: u16, start: u64, pages: u64, flags: SlotFlags) -> SlotRequest {
 
 impl Machine {
     pub fn new(seed: u64, quota: u32) -> Self {
-        Self::with(seed, quota, TdpOptions::default(), &[slot(0, 0, PAGES, SlotFlags::empty())])
+        Self::with(seed, Setup { quota, ..Setup::default() })
     }
 
-    pub fn with(seed: u64, quota: u32, options: TdpOptions, slots_wanted: &[SlotRequest]) -> Self {
+    pub fn with(seed: u64, setup: Setup) -> Self {
+        let Setup { quota, options, slots: slots_wanted, log } = setup;
         let caps = Capabilities { max_phys_bits: PHYS as u8, ..Capabilities::ept() };
         let config = SpteConfig::<Ept>::new(caps).unwrap();
         let limits = SlotLimits::new(2, config.max_gfn_exclusive());
@@ -137,13 +153,14 @@ impl Machine {
         host.set_resolver(Arc::new(move |_, gfn, _| -> Result<HostPage, ResolveError> {
             pages.page(gfn.get()).ok_or(ResolveError::NoMemory)
         }));
-        let (core, mut slots) = VmCore::new(host, 8, limits, std::thread::yield_now).unwrap();
+        let yields = std::thread::yield_now;
+        let (core, mut slots) = VmCore::with_log(host, 8, limits, yields, log).unwrap();
         let mut notifier = core.actor().unwrap();
         let lock = |writer| Lock(Mutex::new(writer));
         let rights = (&mut slots, &mut notifier);
         let vm = Vm::nested(Arc::clone(&core), rights, config, options, quota, lock).unwrap();
         for request in slots_wanted {
-            let _ = vm.set_slot(&mut slots, &mut notifier, request, None).unwrap();
+            let _ = vm.set_slot(&mut slots, &mut notifier, &request, None).unwrap();
         }
         let format = Ept::model(&caps);
         let cpu = || core.host().add_core(SoftCpu::new(&format, 0, Caches::unlimited()));

@@ -20,7 +20,7 @@ use crate::mmu::ShadowMmu;
 use crate::page::ShadowPage;
 use crate::rmap::RmapKey;
 use crate::spte_ref::SpteRef;
-use crate::writer::{Work, WriterLock};
+use crate::writer::{ShadowWriter, Work, WriterLock};
 use crate::zap::{Dropped, ShadowZap};
 
 /// Pages in a word.
@@ -91,17 +91,20 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
         slot: &Memslot,
     ) {
         let end = slot.range().end;
+        let space = slot.as_id;
         let mut at = slot.range().start;
-        while let Some(gfn) = self.rmaps().next(slot.as_id, Level::L1, at, end) {
+        while let Some(gfn) = self.rmaps().next(space, Level::L1, at, end) {
             let block = GfnRange::entry(gfn, Level::L2);
             at = block.end;
-            // INVARIANT[I23]: the slot's bounds first: what lies outside it is not asked about.
-            let fits = slot.range().covers(block);
+            // The slot's bounds first: what lies outside it is not asked about (KVM row 4.58).
+            if !slot.range().covers(block) {
+                continue;
+            }
+            // Nor is a page that nothing maps: the host may have to find one.
+            let Some(gfn) = lock.with(|writer| writer.first_in_row(space, block)) else { continue };
             let huge = |page: HostPage| page.level > Level::L1;
-            if fits && actor.vm().host().resolve(slot, gfn, Access::READ).is_ok_and(huge) {
-                lock.with(|writer| {
-                    writer.work(actor, |work| work.drop_rows(slot.as_id, block));
-                });
+            if actor.vm().host().resolve(slot, gfn, Access::READ).is_ok_and(huge) {
+                lock.with(|writer| writer.work(actor, |work| work.drop_rows(space, block)));
             }
         }
     }
@@ -175,16 +178,14 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
     }
 }
 
-impl<F: SpteFormat, H: Host> Work<'_, F, H> {
-    /// Take out the small leaves of a block that stand in a row.
-    fn drop_rows(&mut self, space: u16, block: GfnRange) {
-        let mut at = block.start;
-        while let Some(gfn) = self.writer.rmap.rmaps().next(space, Level::L1, at, block.end) {
-            let key = RmapKey { space, level: Level::L1, gfn };
-            while let Some(spte) = self.entry_in_row(key) {
-                if !matches!(self.drop_entry(spte), Dropped::Leaf(_)) {
-                    return self.broken();
-                }
+impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
+    /// The first page of `range` that a small leaf maps that stands in a row.
+    fn first_in_row(&self, space: u16, range: GfnRange) -> Option<Gfn> {
+        let mut at = range.start;
+        loop {
+            let gfn = self.rmap.rmaps().next(space, Level::L1, at, range.end)?;
+            if self.entry_in_row(RmapKey { space, level: Level::L1, gfn }).is_some() {
+                return Some(gfn);
             }
             at = gfn.saturating_add(1);
         }
@@ -192,8 +193,24 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
 
     fn entry_in_row(&self, key: RmapKey) -> Option<SpteRef> {
         let in_row =
-            |spte: &SpteRef| self.writer.pages.get(spte.page()).is_some_and(ShadowPage::is_direct);
-        self.writer.rmap.entries(key).find(in_row)
+            |spte: &SpteRef| self.pages.get(spte.page()).is_some_and(ShadowPage::is_direct);
+        self.rmap.entries(key).find(in_row)
+    }
+}
+
+impl<F: SpteFormat, H: Host> Work<'_, F, H> {
+    /// Take out the small leaves of a block that stand in a row.
+    fn drop_rows(&mut self, space: u16, block: GfnRange) {
+        let mut left = block;
+        while let Some(gfn) = self.writer.first_in_row(space, left) {
+            let key = RmapKey { space, level: Level::L1, gfn };
+            while let Some(spte) = self.writer.entry_in_row(key) {
+                if !matches!(self.drop_entry(spte), Dropped::Leaf(_)) {
+                    return self.broken();
+                }
+            }
+            left.start = gfn.saturating_add(1);
+        }
     }
 
     /// Protect the pages whose bits are set.
