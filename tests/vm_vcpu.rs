@@ -154,10 +154,7 @@ fn faults_go_where_the_vcpu_runs() {
 #[test]
 fn taking_turns_costs_no_faults() {
     let mut machine = machine(4);
-    std::mem::swap(&mut machine.l1, &mut machine.l2);
-    for core in [&machine.cpu1, &machine.cpu2] {
-        core.lock().unwrap().reload = true;
-    }
+    machine.swap();
     let _ = machine.l1_access(600, AccessKind::Write);
     let _ = machine.l2_access(0, AccessKind::Write);
     let _ = machine.l1.enter_nested(&machine.nested, &machine.memory, machine.pointer).unwrap();

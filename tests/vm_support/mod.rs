@@ -235,6 +235,16 @@ impl Machine {
         self.root2 = 0;
     }
 
+    /// The vCPUs change places: each enters anew before it runs.
+    pub fn swap(&mut self) {
+        self.note("the vCPUs change places".to_owned());
+        std::mem::swap(&mut self.l1, &mut self.l2);
+        for core in [&self.cpu1, &self.cpu2] {
+            core.lock().unwrap().reload = true;
+        }
+        self.root2 = 0;
+    }
+
     /// L1's table, filled in without anybody's noticing: before L2 first runs.
     pub fn set_up(&mut self, table: u64, index: u64, entry: u64) {
         self.memory.set(table << 12 | index << 3, 8, entry);

@@ -23,6 +23,7 @@ use crate::guest::{
     NestedWalker, Request, WalkPath,
 };
 use crate::page::{NewPage, ShadowPage, Shadowed};
+use crate::prefetch::Neighbour;
 use crate::resolve::{Accessed, Target, needed, nested_needs};
 use crate::rmap::{MAX_ALIASES, RmapKey, SPACES};
 use crate::role::{ChildShape, PageRole, RoleFlags};
@@ -42,6 +43,8 @@ pub(crate) const PAGES_PER_FAULT: u32 = 4;
 pub(crate) enum Attempt {
     /// Done.
     Done(FaultOutcome),
+    /// Done: this entry, which maps 4 KiB, was made.
+    Filled(SpteRef),
     /// Something was changed that needs a flush first, or that needs another look.
     Again,
 }
@@ -126,7 +129,8 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             let wanted = writer.work(&mut self.actor, |work| work.missing_pages(&target));
             writer.make_room(&mut self.actor, wanted);
             writer.reserve_for(&target, self.role)?;
-            let outcome = self.install(writer, guest, mem, &target)?;
+            let neighbours = writer.neighbours(guest, mem, &target, self.role);
+            let outcome = self.install(writer, guest, mem, &target, &neighbours)?;
             if target.logged && target.write && outcome == FaultOutcome::Fixed {
                 // With the writer held: a harvest that comes next finds the mark.
                 let page = GfnRange::from_len(target.path.gfn, 1);
@@ -143,18 +147,24 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
+        neighbours: &[Neighbour],
     ) -> Result<FaultOutcome, ShadowError> {
         let own = writer.own_invalidations;
         writer.unwatched = None;
         for _ in 0..MAX_ATTEMPTS {
             let attempt = writer.work_with_frames(&mut self.actor, |work, cache| {
-                work.attempt(cache, guest, mem, target, own)
+                let attempt = work.attempt(cache, guest, mem, target, own);
+                if let Attempt::Filled(place) = attempt {
+                    work.prefetch(guest, mem, place, neighbours);
+                }
+                attempt
             });
             if let Some(error) = writer.unwatched.take() {
                 return Err(error.into());
             }
             match attempt {
                 Attempt::Done(outcome) => return Ok(outcome),
+                Attempt::Filled(_) => return Ok(FaultOutcome::Fixed),
                 Attempt::Again => {}
             }
         }
@@ -453,6 +463,9 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             return Attempt::Done(FaultOutcome::Retry);
         }
         self.put(cell, leaf, level);
+        if level == Level::L1 {
+            return Attempt::Filled(place);
+        }
         Attempt::Done(FaultOutcome::Fixed)
     }
 

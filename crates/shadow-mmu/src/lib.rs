@@ -16,9 +16,9 @@
 //!
 //! Reading order: [`guest`] (walks over the guest's tables); [`role`], `root`, `page` (what a
 //! shadow page is); [`writer`] (who changes them), `change` (the one place that writes entries),
-//! `resolve`, `fetch` (faults); `sync`, `track` (following the guest's writes); `parent`, [`rmap`]
-//! (ways back); [`zap`], [`reclaim`] (taking away); [`check`] (does it all agree?). The standard is
-//! section 4 of `docs/KVM_PARITY.md`.
+//! `resolve`, `fetch`, `prefetch` (faults); `sync`, `track` (following the guest's writes);
+//! `parent`, [`rmap`] (ways back); [`zap`], [`reclaim`] (taking away); [`check`] (does it all
+//! agree?). The standard is section 4 of `docs/KVM_PARITY.md`.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -41,6 +41,7 @@ pub mod mmu;
 mod obsolete;
 mod page;
 mod parent;
+mod prefetch;
 mod radix;
 pub mod reclaim;
 mod resolve;

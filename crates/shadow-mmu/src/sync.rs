@@ -219,7 +219,7 @@ fn entry_address(page: &ShadowPage, index: usize) -> Gpa {
 
 impl GuestLeaf {
     /// What may be mapped so that the first write is noticed (KVM row 4.12).
-    fn clean_access(&self) -> Access {
+    pub(crate) fn clean_access(&self) -> Access {
         if self.clean { self.access.difference(Access::WRITE) } else { self.access }
     }
 }

@@ -199,7 +199,9 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         }
         match made {
             Ok(root) => Ok(root),
-            Err(Attempt::Again | Attempt::Done(_)) => Err(ShadowError::NoMemory { bytes: 0 }),
+            Err(Attempt::Again | Attempt::Done(_) | Attempt::Filled(_)) => {
+                Err(ShadowError::NoMemory { bytes: 0 })
+            }
         }
     }
 

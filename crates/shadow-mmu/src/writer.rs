@@ -50,6 +50,8 @@ pub struct ShadowWriter<F: SpteFormat, H: Host> {
     /// Shadow pages that there may be.
     pub(crate) quota: u32,
     pub(crate) policy: ReclaimPolicy,
+    /// Entries of the window that a fault fills.
+    pub(crate) window: usize,
     /// Invalidations that the writer made itself.
     pub(crate) own_invalidations: u64,
     /// Why a table could not be watched.
@@ -107,6 +109,7 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
             generation: 0,
             quota,
             policy: ReclaimPolicy::default(),
+            window: 1,
             own_invalidations: 0,
             unwatched: None,
         };
