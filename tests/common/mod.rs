@@ -98,6 +98,8 @@ pub struct TestHost {
     forgets: AtomicBool,
     /// Called to have hardware logs handed over.
     on_sync: RwLock<Option<Arc<dyn Fn() + Send + Sync>>>,
+    /// Does the host have what it would resolve at hand?
+    at_hand: AtomicBool,
     /// Frames handed out and not back.
     outstanding: Arc<AtomicI64>,
     /// Calls of `provide`, and the numbers (from 1) of those that fail.
@@ -132,6 +134,7 @@ impl TestHost {
             delay_us: AtomicU64::new(0),
             forgets: AtomicBool::new(false),
             on_sync: RwLock::default(),
+            at_hand: AtomicBool::new(false),
             outstanding: Arc::default(),
             provides: AtomicU64::new(0),
             fail_from: AtomicU64::new(u64::MAX),
@@ -175,6 +178,11 @@ impl TestHost {
     pub fn on_table(&self, hook: Option<Arc<TableHook>>) {
         self.watched.store(hook.is_some(), Ordering::Release);
         *self.on_table.write().unwrap() = hook;
+    }
+
+    /// Answer at once, from now on, what the resolver would say.
+    pub fn have_at_hand(&self) {
+        self.at_hand.store(true, Ordering::Relaxed);
     }
 
     /// Throw flushes away from now on.
@@ -334,6 +342,11 @@ impl PfnResolver for TestHost {
         // Not called under the lock: it may call back into the MMU.
         let resolver = Arc::clone(&self.resolver.read().unwrap());
         resolver(slot, gfn, want)
+    }
+
+    fn resolve_now(&self, slot: &Memslot, gfn: Gfn) -> Option<HostPage> {
+        let at_hand = self.at_hand.load(Ordering::Relaxed);
+        at_hand.then(|| self.answer(slot, gfn).ok()).flatten()
     }
 
     fn kind(&self, _: &Memslot, gfn: Gfn, page: &HostPage) -> PageKind {

@@ -31,6 +31,7 @@ pub mod attributes;
 pub mod busted;
 pub mod check;
 pub mod dead;
+pub mod direct;
 pub mod dirty;
 #[expect(unsafe_code, reason = "publish.rs borrows the live buffer; see its head")]
 pub mod epoch;

@@ -42,6 +42,15 @@ pub struct Invalidations {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Snapshot(u64);
 
+impl Snapshot {
+    /// What it would be if the caller's own `count` invalidations, begun and ended since, had ended
+    /// before: they took nothing back that the caller has resolved.
+    #[must_use]
+    pub const fn after_own(self, count: u64) -> Self {
+        Self(self.0.wrapping_add(count))
+    }
+}
+
 impl Invalidations {
     /// None in progress. `first_seq` is 0 but in tests of the wrap.
     #[must_use]

@@ -131,6 +131,17 @@ pub trait PfnResolver {
     /// See [`ResolveError`]; passed on to the caller of the fault.
     fn resolve(&self, slot: &Memslot, gfn: Gfn, access: Access) -> Result<HostPage, ResolveError>;
 
+    /// The page behind `gfn` of `slot`, if the host has it at hand: what
+    /// [`resolve`](Self::resolve) would say without waiting, taking memory or reading it in. Asked
+    /// inside a section, for pages that nobody has asked for yet; must not sleep, nor call the MMU.
+    /// `None` costs the guest a fault, no more, and is what an embedder says that does not know.
+    #[inline(always)]
+    #[doc(alias = "gfn_to_page_many_atomic")]
+    fn resolve_now(&self, slot: &Memslot, gfn: Gfn) -> Option<HostPage> {
+        let _ = (slot, gfn);
+        None
+    }
+
     /// How the page that [`resolve`](Self::resolve) just gave for `gfn` is to be mapped; true of
     /// the whole block that `page` stands in, and part of the answer: a change of it is reported
     /// like any other. Asked once for each entry that is made. Everything is RAM unless said

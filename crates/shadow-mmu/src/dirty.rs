@@ -9,16 +9,19 @@
 use alloc::sync::Arc;
 use core::fmt;
 
+use mmu_core::access::Access;
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index, to_u64};
 use mmu_core::slot::{DirtyLog, Memslot};
 use mmu_core::spte::SpteFormat;
-use mmu_core::traits::Host;
+use mmu_core::traits::{Host, HostPage};
 use mmu_core::vm::Actor;
 
 use crate::mmu::ShadowMmu;
+use crate::page::ShadowPage;
 use crate::rmap::RmapKey;
-use crate::writer::{Work, WriterLock};
-use crate::zap::ShadowZap;
+use crate::spte_ref::SpteRef;
+use crate::writer::{ShadowWriter, Work, WriterLock};
+use crate::zap::{Dropped, ShadowZap};
 
 /// Pages in a word.
 const WORD: u64 = 64;
@@ -73,6 +76,36 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
             at = lock.with(|writer| {
                 writer.work(actor, |work| work.protect_slice(slot.as_id, slot.range(), at))
             });
+        }
+    }
+
+    /// The slot's writes are not logged any more: what stands small in a row although the host has
+    /// huge pages goes, and comes back huge by a fault (KVM row 4.58). Entries that stand for small
+    /// pages of the guest stay. Flushed when this returns; the host's resolver is asked with
+    /// nothing held.
+    #[doc(alias = "kvm_mmu_zap_collapsible_sptes")]
+    pub fn log_disabled<L: WriterLock<F, H>>(
+        &self,
+        actor: &mut Actor<H>,
+        lock: &L,
+        slot: &Memslot,
+    ) {
+        let end = slot.range().end;
+        let space = slot.as_id;
+        let mut at = slot.range().start;
+        while let Some(gfn) = self.rmaps().next(space, Level::L1, at, end) {
+            let block = GfnRange::entry(gfn, Level::L2);
+            at = block.end;
+            // The slot's bounds first: what lies outside it is not asked about (KVM row 4.58).
+            if !slot.range().covers(block) {
+                continue;
+            }
+            // Nor is a page that nothing maps: the host may have to find one.
+            let Some(gfn) = lock.with(|writer| writer.first_in_row(space, block)) else { continue };
+            let huge = |page: HostPage| page.level > Level::L1;
+            if actor.vm().host().resolve(slot, gfn, Access::READ).is_ok_and(huge) {
+                lock.with(|writer| writer.work(actor, |work| work.drop_rows(space, block)));
+            }
         }
     }
 
@@ -145,7 +178,41 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
     }
 }
 
+impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
+    /// The first page of `range` that a small leaf maps that stands in a row.
+    fn first_in_row(&self, space: u16, range: GfnRange) -> Option<Gfn> {
+        let mut at = range.start;
+        loop {
+            let gfn = self.rmap.rmaps().next(space, Level::L1, at, range.end)?;
+            if self.entry_in_row(RmapKey { space, level: Level::L1, gfn }).is_some() {
+                return Some(gfn);
+            }
+            at = gfn.saturating_add(1);
+        }
+    }
+
+    fn entry_in_row(&self, key: RmapKey) -> Option<SpteRef> {
+        let in_row =
+            |spte: &SpteRef| self.pages.get(spte.page()).is_some_and(ShadowPage::is_direct);
+        self.rmap.entries(key).find(in_row)
+    }
+}
+
 impl<F: SpteFormat, H: Host> Work<'_, F, H> {
+    /// Take out the small leaves of a block that stand in a row.
+    fn drop_rows(&mut self, space: u16, block: GfnRange) {
+        let mut left = block;
+        while let Some(gfn) = self.writer.first_in_row(space, left) {
+            let key = RmapKey { space, level: Level::L1, gfn };
+            while let Some(spte) = self.writer.entry_in_row(key) {
+                if !matches!(self.drop_entry(spte), Dropped::Leaf(_)) {
+                    return self.broken();
+                }
+            }
+            left.start = gfn.saturating_add(1);
+        }
+    }
+
     /// Protect the pages whose bits are set.
     fn protect_mask(&mut self, space: u16, base: Gfn, mut mask: u64) {
         while mask != 0 {

@@ -4,6 +4,7 @@ use core::fmt;
 
 use mmu_core::fault::FaultError;
 use mmu_core::frame::OutOfFrames;
+use mmu_core::slot::TrackError;
 
 use crate::radix::NoMemory;
 use crate::rmap::RmapError;
@@ -20,6 +21,8 @@ pub enum ShadowError {
         /// Bytes asked for; 0 if there is no number left for another page or descriptor.
         bytes: u64,
     },
+    /// Direct tables beside cannot be kept from letting the guest write to a table of its own.
+    Unwatched(TrackError),
     /// A reverse map contradicts an entry: the VM is dead from now on.
     Rmap(RmapError),
     /// The role's level is not that of the guest's top tables, or they have more levels than this
@@ -55,6 +58,12 @@ impl From<NoMemory> for ShadowError {
     }
 }
 
+impl From<TrackError> for ShadowError {
+    fn from(error: TrackError) -> Self {
+        Self::Unwatched(error)
+    }
+}
+
 impl From<RmapError> for ShadowError {
     fn from(error: RmapError) -> Self {
         match error {
@@ -69,6 +78,7 @@ impl fmt::Display for ShadowError {
         match self {
             Self::Fault(error) => error.fmt(f),
             Self::NoMemory { bytes } => write!(f, "no memory for {bytes} bytes of shadow pages"),
+            Self::Unwatched(error) => error.fmt(f),
             Self::Rmap(error) => error.fmt(f),
             Self::WrongLevel { role, host } => {
                 write!(f, "a root at {role} for tables whose top is at {host}")
@@ -83,6 +93,7 @@ impl core::error::Error for ShadowError {
         match self {
             Self::Fault(error) => Some(error),
             Self::Rmap(error) => Some(error),
+            Self::Unwatched(error) => Some(error),
             _ => None,
         }
     }

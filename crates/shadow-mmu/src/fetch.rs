@@ -23,6 +23,7 @@ use crate::guest::{
     NestedWalker, Request, WalkPath,
 };
 use crate::page::{NewPage, ShadowPage, Shadowed};
+use crate::prefetch::Neighbour;
 use crate::resolve::{Accessed, Target, needed, nested_needs};
 use crate::rmap::{MAX_ALIASES, RmapError, RmapKey, SPACES};
 use crate::role::{ChildShape, PageRole, RoleFlags};
@@ -42,6 +43,8 @@ pub(crate) const PAGES_PER_FAULT: u32 = 4;
 pub(crate) enum Attempt {
     /// Done.
     Done(FaultOutcome),
+    /// Done: this entry, which maps 4 KiB, was made.
+    Filled(SpteRef),
     /// Something was changed that needs a flush first, or that needs another look.
     Again,
     /// Links are missing, for which there must be room first. Nothing was changed.
@@ -132,7 +135,8 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         };
         self.actor.top_up(usize::try_from(PAGES_PER_FAULT).unwrap_or(4))?;
         lock.with(|writer| {
-            let outcome = self.install(writer, guest, mem, &target)?;
+            let neighbours = writer.neighbours(guest, mem, &target, self.role);
+            let outcome = self.install(writer, guest, mem, &target, &neighbours)?;
             if target.logged && target.write && outcome == FaultOutcome::Fixed {
                 // With the writer held: a harvest that comes next finds the mark.
                 let page = GfnRange::from_len(target.path.gfn, 1);
@@ -149,15 +153,26 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
+        neighbours: &[Neighbour],
     ) -> Result<FaultOutcome, ShadowError> {
+        let own = writer.own_invalidations;
+        writer.unwatched = None;
         let mut room = Room::Unknown;
         writer.reserve_leaf(target, self.role)?;
         for _ in 0..MAX_ATTEMPTS {
             let attempt = writer.work_with_frames(&mut self.actor, |work, cache| {
-                work.attempt(cache, guest, mem, target, room)
+                let attempt = work.attempt(cache, guest, mem, target, (room, own));
+                if let Attempt::Filled(place) = attempt {
+                    work.prefetch(guest, mem, place, neighbours);
+                }
+                attempt
             });
+            if let Some(error) = writer.unwatched.take() {
+                return Err(error.into());
+            }
             match attempt {
                 Attempt::Done(outcome) => return Ok(outcome),
+                Attempt::Filled(_) => return Ok(FaultOutcome::Fixed),
                 Attempt::Again => {}
                 Attempt::Room => {
                     // First what may fail. What goes to make room takes nothing of it away.
@@ -201,11 +216,13 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         guest: EntryFormat<'_>,
         mem: &M,
         target: &Target<'_>,
-        room: Room,
+        (room, own): (Room, u64),
     ) -> Attempt {
         let pages = GfnRange::entry(target.path.gfn, target.goal);
+        // INVARIANT[I11]: nobody else's invalidation has ended since; ours took nothing back.
+        let snapshot = target.snapshot.after_own(self.writer.own_invalidations - own);
         if self.vm.slots().generation() != target.generation
-            || self.vm.notify().must_retry(self.section, target.snapshot, pages)
+            || self.vm.notify().must_retry(self.section, snapshot, pages)
             || !self.may_start(target)
         {
             return Attempt::Done(FaultOutcome::Retry);
@@ -226,6 +243,9 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             // Used: no flood of writes to it (KVM row 4.53).
             page.writes = 0;
             let level = page.level();
+            if self.watch(at) {
+                return Attempt::Again;
+            }
             let place = SpteRef::new(at, shadow_index(target.gva, level));
             // Asked anew at each level: the tables that this attempt makes shadows of may lie in
             // the very page that is to be mapped.
@@ -307,7 +327,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         };
         // INVARIANT[I18]: nothing out of sync is linked (KVM rows 4.21, 4.40).
         self.in_sync(guest, mem, child)?;
-        if !self.debt.is_empty() {
+        if self.owes() {
             return Err(Attempt::Again);
         }
         if self.unlink_excess(child) {
@@ -367,6 +387,7 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
         self.writer.stats.pages_made += 1;
         if self.writer.pages.get(page).is_some_and(ShadowPage::shadows_a_table) {
             self.account(role.space(), gfn);
+            self.watch(page);
         }
         Ok(page)
     }
@@ -471,6 +492,9 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             page.set_shadowed(place.index(), Shadowed::new(gfn, target.access));
         }
         self.put(cell, leaf, level);
+        if level == Level::L1 {
+            return Attempt::Filled(place);
+        }
         Attempt::Done(FaultOutcome::Fixed)
     }
 
@@ -529,21 +553,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         self.let_go_unsync(gfn, target.prefetch)
     }
 
-    /// Does somebody else want to see every write to the frame?
-    fn is_tracked(&self, gfn: Gfn) -> bool {
-        if !self.vm.slots().tracks_writes() {
-            return false;
-        }
-        let slots = self.vm.slots().read(self.section.epoch());
-        (0..mmu_core::slot::MAX_ADDRESS_SPACES).any(|space| {
-            let slot = slots.find(space, gfn);
-            let meta = slot.and_then(|slot| slots.meta(space, slot.id));
-            meta.and_then(|meta| meta.track()).is_some_and(|track| track.is_tracked(gfn))
-        })
-    }
-
     /// Take huge leaves over a table out, in every address space: what they map comes back small.
-    fn zap_huge_over(&mut self, gfn: Gfn) {
+    pub(crate) fn zap_huge_over(&mut self, gfn: Gfn) {
         let mut gone = ShadowZap::default();
         let spaces = if mmu_core::busted!("huge_zapped_in_one_space") { 1 } else { SPACES };
         for space in (0..).take(spaces) {

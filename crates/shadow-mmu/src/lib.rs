@@ -16,9 +16,9 @@
 //!
 //! Reading order: [`guest`] (walks over the guest's tables); [`role`], `root`, `page` (what a
 //! shadow page is); [`writer`] (who changes them), `change` (the one place that writes entries),
-//! `resolve`, `fetch` (faults); `sync`, `track` (following the guest's writes); `parent`, [`rmap`]
-//! (ways back); [`zap`], [`reclaim`] (taking away); [`check`] (does it all agree?). The standard is
-//! section 4 of `docs/KVM_PARITY.md`.
+//! `resolve`, `fetch`, `prefetch` (faults); `sync`, `track` (following the guest's writes);
+//! `parent`, [`rmap`] (ways back); [`zap`], [`reclaim`] (taking away); [`check`] (does it all
+//! agree?). The standard is section 4 of `docs/KVM_PARITY.md`.
 #![no_std]
 #![forbid(unsafe_code)]
 
@@ -41,6 +41,7 @@ pub mod mmu;
 mod obsolete;
 mod page;
 mod parent;
+mod prefetch;
 mod radix;
 pub mod reclaim;
 mod resolve;
@@ -53,6 +54,7 @@ pub mod stats;
 mod sync;
 mod track;
 pub mod vcpu;
+mod watch;
 pub mod writer;
 mod wrprot;
 pub mod zap;
@@ -67,5 +69,6 @@ pub use role::{PageRole, RoleFlags};
 pub use spte_ref::{PageId, SpteRef};
 pub use stats::ShadowStats;
 pub use vcpu::ShadowVcpu;
+pub use watch::DirectWrite;
 pub use writer::{ShadowWriter, WriterLock};
 pub use zap::ShadowZap;

@@ -9,6 +9,7 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use mmu_core::addr::Pfn;
+use mmu_core::direct::DirectTables;
 use mmu_core::epoch::EpochGuard;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{SpteConfig, SpteFormat};
@@ -34,12 +35,19 @@ pub struct ShadowMmu<F: SpteFormat, H: Host> {
     unflushed: Unflushed,
     /// How often roots became bad.
     reloads: AtomicU64,
+    /// What maps the same memory directly, if anything does.
+    beside: Option<Arc<dyn DirectTables<H>>>,
 }
 
 impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
-    pub(crate) fn new(vm: Arc<VmCore<H>>, config: SpteConfig<F>, rmaps: Arc<Rmaps>) -> Self {
+    pub(crate) fn new(
+        vm: Arc<VmCore<H>>,
+        config: SpteConfig<F>,
+        rmaps: Arc<Rmaps>,
+        beside: Option<Arc<dyn DirectTables<H>>>,
+    ) -> Self {
         let (frames, unflushed) = (Radix::new(PAGE_BITS), Unflushed::new());
-        Self { vm, config, rmaps, frames, unflushed, reloads: AtomicU64::new(0) }
+        Self { vm, config, rmaps, frames, unflushed, reloads: AtomicU64::new(0), beside }
     }
 
     /// The VM.
@@ -58,6 +66,11 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
     #[must_use]
     pub fn rmaps(&self) -> &Arc<Rmaps> {
         &self.rmaps
+    }
+
+    /// What maps the same memory directly.
+    pub(crate) fn beside(&self) -> Option<&Arc<dyn DirectTables<H>>> {
+        self.beside.as_ref()
     }
 
     pub(crate) fn unflushed(&self) -> &Unflushed {

@@ -17,6 +17,7 @@ use crate::marks::Marks;
 use crate::radix::NoMemory;
 use crate::role::{PageRole, RoleFlags};
 use crate::spte_ref::PageId;
+use crate::watch::Told;
 
 /// Buckets of the hash (KVM row 4.21).
 const BUCKETS: usize = 4096;
@@ -68,6 +69,8 @@ pub(crate) struct ShadowPage {
     pub(crate) credit: Option<u8>,
     /// Generation of the MMU that it was made in; an older one is obsolete.
     pub(crate) generation: u64,
+    /// What direct tables beside know of its table.
+    pub(crate) told: Option<Told>,
     /// In the bucket.
     next_in_bucket: Option<PageId>,
     older: Option<PageId>,
@@ -203,6 +206,7 @@ impl Pages {
             used: false,
             credit: None,
             generation,
+            told: None,
             next_in_bucket: self.buckets.get(bucket).copied().flatten(),
             older: None,
             newer: None,
@@ -319,6 +323,17 @@ impl Pages {
         in_bucket
             .filter_map(|id| Some((id, self.get(id)?)))
             .filter(move |(_, page)| page.gfn == gfn)
+    }
+
+    /// Change every page of `gfn`.
+    pub(crate) fn for_each_of(&mut self, gfn: Gfn, mut change: impl FnMut(&mut ShadowPage)) {
+        let mut at = self.buckets.get(bucket_of(gfn)).copied().flatten();
+        while let Some(page) = at.and_then(|id| self.get_mut(id)) {
+            at = page.next_in_bucket;
+            if page.gfn == gfn {
+                change(page);
+            }
+        }
     }
 
     /// The page of `gfn` in `role` that was made in `generation`.

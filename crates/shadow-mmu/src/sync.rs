@@ -53,6 +53,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             self.mark_unsync(id);
             self.writer.stats.unsyncs += 1;
         }
+        self.unwatch_all(gfn);
         true
     }
 
@@ -77,8 +78,9 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         for id in &batch {
             let Some(page) = self.writer.pages.get(*id) else { continue };
             self.write_protect_everywhere(page.gfn);
+            self.watch(*id);
         }
-        if self.debt.is_empty() {
+        if !self.owes() {
             for id in &batch {
                 self.sync_page(guest, mem, *id);
             }
@@ -221,7 +223,7 @@ fn entry_address(page: &ShadowPage, index: usize) -> Gpa {
 
 impl GuestLeaf {
     /// What may be mapped so that the first write is noticed (KVM row 4.12).
-    fn clean_access(&self) -> Access {
+    pub(crate) fn clean_access(&self) -> Access {
         if self.clean { self.access.difference(Access::WRITE) } else { self.access }
     }
 }

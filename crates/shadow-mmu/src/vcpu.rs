@@ -201,11 +201,15 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if let Some(root) = found {
             return Ok(root);
         }
+        writer.unwatched = None;
         let made = writer
             .work_with_frames(&mut self.actor, |work, cache| work.make_page(cache, gfn, role));
+        if let Some(error) = writer.unwatched.take() {
+            return Err(error.into());
+        }
         match made {
             Ok(root) => Ok(root),
-            Err(Attempt::Again | Attempt::Room | Attempt::Done(_)) => {
+            Err(Attempt::Again | Attempt::Room | Attempt::Done(_) | Attempt::Filled(_)) => {
                 Err(ShadowError::NoMemory { bytes: 0 })
             }
         }

@@ -8,16 +8,21 @@
 //!
 //! Lock order: the embedder's mutex around the writer, then the section, then bit locks of reverse
 //! maps. A debt is paid after the section, with the mutex still held: pages that were taken out
-//! must be out of every TLB before somebody else trusts that they are.
+//! must be out of every TLB before somebody else trusts that they are. What direct tables beside
+//! are asked to protect (`watch`) is protected then, too.
 
 use alloc::sync::Arc;
 use core::fmt;
 
+use arrayvec::ArrayVec;
+
 use mmu_core::addr::{Gfn, GfnRange};
 use mmu_core::dead::DeadReason;
+use mmu_core::direct::DirectTables;
 use mmu_core::flush::{FlushDebt, FlushScope};
 use mmu_core::frame::MmuCache;
 use mmu_core::lock::Shared;
+use mmu_core::slot::TrackError;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{SpteConfig, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
@@ -31,6 +36,7 @@ use crate::reclaim::ReclaimPolicy;
 use crate::rmap::{RmapWriter, Rmaps};
 use crate::spte_ref::{PageId, SpteRef};
 use crate::stats::ShadowStats;
+use crate::watch::MAX_WATCHED;
 
 /// Changes a VM's shadow tables; one for a [`ShadowMmu`]. See the file's head.
 pub struct ShadowWriter<F: SpteFormat, H: Host> {
@@ -44,6 +50,12 @@ pub struct ShadowWriter<F: SpteFormat, H: Host> {
     /// Shadow pages that there may be.
     pub(crate) quota: u32,
     pub(crate) policy: ReclaimPolicy,
+    /// Entries of the window that a fault fills.
+    pub(crate) window: usize,
+    /// Invalidations that the writer made itself.
+    pub(crate) own_invalidations: u64,
+    /// Why a table could not be watched.
+    pub(crate) unwatched: Option<TrackError>,
 }
 
 /// Where the embedder keeps the writer: a mutex, or whatever lets one thread at a time have it.
@@ -63,8 +75,31 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
         config: SpteConfig<F>,
         quota: u32,
     ) -> (Arc<Self>, ShadowWriter<F, H>) {
+        Self::make(vm, config, quota, None)
+    }
+
+    /// The same for the guests of a guest that `direct` serves in the same VM: what its tables map
+    /// is kept from writing unseen to a table that has a shadow (KVM row 4.26). The VM tracks
+    /// writes ([`enable_write_tracking`](VmCore::enable_write_tracking)).
+    #[must_use]
+    pub fn create_beside(
+        vm: Arc<VmCore<H>>,
+        config: SpteConfig<F>,
+        quota: u32,
+        direct: Arc<dyn DirectTables<H>>,
+    ) -> (Arc<Self>, ShadowWriter<F, H>) {
+        debug_assert!(vm.slots().tracks_writes(), "direct tables would not be asked");
+        Self::make(vm, config, quota, Some(direct))
+    }
+
+    fn make(
+        vm: Arc<VmCore<H>>,
+        config: SpteConfig<F>,
+        quota: u32,
+        beside: Option<Arc<dyn DirectTables<H>>>,
+    ) -> (Arc<Self>, ShadowWriter<F, H>) {
         let (rmaps, rmap) = Rmaps::new(config.max_gfn_exclusive(), vm.give_up_cpu());
-        let mmu = Arc::new(Self::new(vm, config, rmaps));
+        let mmu = Arc::new(Self::new(vm, config, rmaps, beside));
         let writer = ShadowWriter {
             mmu: Arc::clone(&mmu),
             pages: Pages::default(),
@@ -74,6 +109,9 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
             generation: 0,
             quota,
             policy: ReclaimPolicy::default(),
+            window: 1,
+            own_invalidations: 0,
+            unwatched: None,
         };
         (mmu, writer)
     }
@@ -121,11 +159,15 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
             shard: stats,
             debt: FlushDebt::new(),
             scope: FlushScope::Ranges,
+            to_watch: ArrayVec::new(),
         };
         let done = work(&mut tools, cache);
-        let Work { debt, scope, .. } = tools;
+        let Work { debt, scope, to_watch, .. } = tools;
         drop(section);
         actor.pay(debt, scope);
+        for page in to_watch {
+            self.watch(actor, page);
+        }
         done
     }
 }
@@ -148,11 +190,19 @@ pub(crate) struct Work<'a, F: SpteFormat, H: Host> {
     pub(crate) debt: FlushDebt,
     /// How the debt is to be paid.
     pub(crate) scope: FlushScope,
+    /// Pages whose tables direct tables beside are to let nobody write to unseen, from the end of
+    /// the section on.
+    pub(crate) to_watch: ArrayVec<PageId, MAX_WATCHED>,
 }
 
 impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     pub(crate) fn config(&self) -> &SpteConfig<F> {
         self.writer.mmu.config()
+    }
+
+    /// Is anything to be paid before what was done may be relied on?
+    pub(crate) fn owes(&self) -> bool {
+        !self.debt.is_empty() || !self.to_watch.is_empty()
     }
 
     /// The place of an entry; `None` if the page does not live, which is a contradiction.

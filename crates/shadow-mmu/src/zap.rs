@@ -158,7 +158,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
 
     /// The guest table that the page shadowed needs no protection on its account.
     fn unaccount(&mut self, id: PageId) {
-        let Some(page) = self.writer.pages.get(id) else { return };
+        let Some(page) = self.writer.pages.get_mut(id) else { return };
+        page.forget_told();
         if page.shadows_a_table() {
             let (space, gfn) = (page.role.space(), page.gfn);
             self.writer.blocks.count(space, gfn, Change::Less);

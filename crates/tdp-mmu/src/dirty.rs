@@ -460,6 +460,20 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     /// that one were reset.
     #[doc(alias = "KVM_RESET_DIRTY_RINGS")]
     pub fn reset_rings(&self, actor: &mut Actor<H>) -> Result<Harvest, LogError> {
+        self.reset_rings_beside(actor, |_, _, _, _| {})
+    }
+
+    /// The same for a VM with another MMU beside this one: `protect_beside` notices the next write
+    /// to the pages of a mask there too, flushed: address space, first page, and a bit for each of
+    /// 64 pages.
+    ///
+    /// # Errors
+    /// As [`reset_rings`](Self::reset_rings).
+    pub fn reset_rings_beside(
+        &self,
+        actor: &mut Actor<H>,
+        mut protect_beside: impl FnMut(&mut Actor<H>, u16, Gfn, u64),
+    ) -> Result<Harvest, LogError> {
         self.assert_own(actor);
         let vm = Arc::clone(actor.vm());
         if vm.rings().is_empty() {
@@ -486,6 +500,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 }
                 pass.report.pages += run.pages();
                 pass.arm(actor, &run);
+                let base = target.slot.base_gfn.saturating_add(base);
+                protect_beside(actor, key.as_id, base, mask);
             });
             match done {
                 Ok(done) => vm.trace(|| Event::RingReset { entries: done.reset }),

@@ -241,7 +241,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         actor: &mut Actor<H>,
         request: &SlotRequest,
     ) -> Result<SlotUpdate, SlotError> {
-        self.change_slot(writer, actor, request, None)
+        self.change_slot(writer, actor, request, None, |_, _| {})
     }
 
     /// The same; of a slot with `LOG_DIRTY` only `pages`, counted from its first page, are logged.
@@ -255,7 +255,24 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         request: &SlotRequest,
         pages: Range<u64>,
     ) -> Result<SlotUpdate, SlotError> {
-        self.change_slot(writer, actor, request, Some(pages))
+        self.change_slot(writer, actor, request, Some(pages), |_, _| {})
+    }
+
+    /// The same for a VM with another MMU beside this one, which `zap_beside` asks to remove every
+    /// mapping of a slot that goes away, flushed. `pages` are the pages that are logged; `None`:
+    /// all. What a change of flags asks of the other MMU is its caller's to do.
+    ///
+    /// # Errors
+    /// As [`set_slot_logging`](Self::set_slot_logging).
+    pub fn set_slot_beside(
+        &self,
+        writer: &mut SlotWriter,
+        actor: &mut Actor<H>,
+        request: &SlotRequest,
+        pages: Option<Range<u64>>,
+        zap_beside: impl FnOnce(&mut Actor<H>, &Memslot),
+    ) -> Result<SlotUpdate, SlotError> {
+        self.change_slot(writer, actor, request, pages, zap_beside)
     }
 
     fn change_slot(
@@ -264,6 +281,7 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         actor: &mut Actor<H>,
         request: &SlotRequest,
         logged: Option<Range<u64>>,
+        zap_beside: impl FnOnce(&mut Actor<H>, &Memslot),
     ) -> Result<SlotUpdate, SlotError> {
         self.assert_own(actor);
         let (mut zapped, mut split) = (ZapReport::default(), SplitReport::default());
@@ -275,7 +293,10 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
                 return Ok(SlotUpdate { change, zapped, split, collapsed });
             }
         }
-        let zap = |actor: &mut Actor<H>, old: &Memslot| zapped = self.zap_slot(actor, old);
+        let zap = |actor: &mut Actor<H>, old: &Memslot| {
+            zapped = self.zap_slot(actor, old);
+            zap_beside(actor, old);
+        };
         let update = |writer: &mut SlotWriter, actor: &mut Actor<H>| match logged {
             None => self.vm.set_slot(writer, actor, request, zap),
             Some(pages) => self.vm.set_slot_logging(writer, actor, request, pages, zap),

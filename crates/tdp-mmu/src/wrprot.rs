@@ -16,6 +16,7 @@ use alloc::sync::Arc;
 use core::fmt;
 
 use mmu_core::addr::{Gfn, GfnRange, Level};
+use mmu_core::direct::DirectTables;
 use mmu_core::epoch::EpochGuard;
 use mmu_core::flush::FlushDebt;
 use mmu_core::notify::Invalidation;
@@ -212,6 +213,12 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
         }
         pay_inside(actor, invalidation, GfnRange::from_len(gfn, 1), debt);
         found
+    }
+}
+
+impl<F: SpteFormat, H: Host> DirectTables<H> for TdpMmu<F, H> {
+    fn protect_in(&self, actor: &mut Actor<H>, invalidation: &Invalidation<'_>, gfn: Gfn) {
+        self.write_protect_in(actor, invalidation, Spaces::All, gfn, Level::L1);
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! Owns [`PageTrack`] (KVM rows 6.14 and 6.16): a count a gfn, 0 to 65535, of those who want to see
 //! every write to it (a shadowed guest table, a device model), and for each 2 MiB and 1 GiB block
-//! the number of tracked pages in it, so that "may a huge page lie here" is one load.
+//! the number of tracked pages in it, so that "may a huge page lie here" is one load. A shadowed
+//! table keeps huge pages away also while the guest may write to it unseen ([`PageTrack::block`]).
 //!
 //! Memory comes when a page is first tracked, for its 2 MiB block (1 KiB), its 1 GiB block and the
 //! slot's list of those (32 bytes an element), and stays until the slot goes. A lookup follows at
@@ -86,7 +87,7 @@ pub struct PageTrack {
 /// What is known of 1 GiB.
 #[derive(Debug)]
 struct HugeBlock {
-    /// Tracked pages in it.
+    /// Tracked pages in it, and blocks taken.
     tracked: AtomicU64,
     blocks: Box<[SetOnce<LargeBlock>]>,
 }
@@ -94,7 +95,7 @@ struct HugeBlock {
 /// What is known of 2 MiB.
 #[derive(Debug)]
 struct LargeBlock {
-    /// Tracked pages in it.
+    /// Tracked pages in it, and blocks taken.
     tracked: AtomicU64,
     /// Four counts a word, the first page lowest.
     counts: Box<[AtomicU64]>,
@@ -196,6 +197,29 @@ impl PageTrack {
             large.lower(huge);
         }
         Ok(old == 1)
+    }
+
+    /// Let no leaf larger than 4 KiB lie over `gfn`, whether its writes are tracked or not: it is a
+    /// table that has a shadow (KVM row 6.14). Each call is taken back by an
+    /// [`unblock`](Self::unblock). Faults find out as they do of a count.
+    ///
+    /// # Errors
+    /// [`TrackError`]; nothing is blocked.
+    #[doc(alias = "kvm_mmu_gfn_disallow_lpage")]
+    pub fn block(&self, gfn: Gfn) -> Result<(), TrackError> {
+        let (huge, large) = self.provide(gfn)?;
+        raise(&huge.tracked);
+        raise(&large.tracked);
+        Ok(())
+    }
+
+    /// Take one [`block`](Self::block) back; without one, this would free a tracked page's blocks.
+    #[doc(alias = "kvm_mmu_gfn_allow_lpage")]
+    pub fn unblock(&self, gfn: Gfn) {
+        let Some(huge) = self.huge(gfn) else { return };
+        if let Some(large) = huge.large(gfn) {
+            large.lower(huge);
+        }
     }
 
     /// Which 1 GiB block of the slot `gfn` is in; `None` outside the slot.
