@@ -385,6 +385,19 @@ impl RmapWriter {
         head.map_or(Chain::EMPTY, |head| Chain::from_word(head.load(Ordering::Relaxed)))
     }
 
+    /// Entries on all lists of a level, counted list by list: for checks.
+    pub(crate) fn recount(&self, level: Level) -> u64 {
+        let mut entries = 0;
+        for space in (0..).take(SPACES) {
+            let mut at = Gfn::new(0);
+            while let Some(gfn) = self.rmaps.next(space, level, at, Gfn::new(u64::MAX)) {
+                entries += u64::from(self.len(RmapKey { space, level, gfn }));
+                at = gfn.align_down(level).saturating_add(level.pages());
+            }
+        }
+        entries
+    }
+
     /// Entries on all lists of a level.
     #[must_use]
     pub fn mapped(&self, level: Level) -> u64 {
