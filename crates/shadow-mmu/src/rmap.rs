@@ -445,6 +445,9 @@ struct Held<'a>(&'a AtomicU64);
 
 /// Take the bit lock of a list whose word is `old` but for the lock.
 fn take<'a>(rmaps: &Rmaps, head: &'a AtomicU64, old: Chain) -> Held<'a> {
+    if mmu_core::busted!("list_changed_without_its_lock") {
+        return Held(head);
+    }
     let mut backoff = Backoff::new();
     let locked = old.word() | LOCKED;
     // ORDERING[rmap-lock]: Acquire. Pairs with the Release in `RmapGuard::drop`: the reads of who
