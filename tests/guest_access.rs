@@ -5,8 +5,8 @@
 //! changed in which order, and to what.
 //!
 //! The counts are asserted: a space that shrinks by mistake is noticed. `GUEST_WALK_CASES=long`,
-//! which `cargo xtask long` sets, multiplies the main space by vendors, address widths and SMAP (more
-//! than 500 million cases).
+//! which `cargo xtask long` sets, multiplies the main space by vendors, address widths and SMAP
+//! (more than 500 million cases).
 
 mod guest_support;
 #[path = "common/skip.rs"]
