@@ -4,8 +4,9 @@
 //! address, what the entries permit together, which entries were read in which order, which were
 //! changed in which order, and to what.
 //!
-//! The counts are asserted: a space that shrinks by mistake is noticed. `GUEST_WALK_CASES=long`
-//! multiplies the main space by vendors, address widths and SMAP (more than 500 million cases).
+//! The counts are asserted: a space that shrinks by mistake is noticed. `GUEST_WALK_CASES=long`,
+//! which `cargo xtask long` sets, multiplies the main space by vendors, address widths and SMAP
+//! (more than 500 million cases).
 
 mod guest_support;
 #[path = "common/skip.rs"]
@@ -448,6 +449,7 @@ fn half_a_billion_cases_agree_when_asked_for() {
                     count.cases += more.cases;
                     count.again += more.again;
                     count.reached += more.reached;
+                    println!("{} of {LONG_CASES} cases", count.cases);
                 }
             }
         }

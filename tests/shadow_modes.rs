@@ -11,6 +11,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Level};
+use mmu_core::fault::FaultOutcome;
 use mmu_core::slot::{SlotFlags, SlotRequest};
 use mmu_core::traits::{
     AgeMode, AgeRange, AgeReport, AgeRequest, AgeSink, CountOnly, Effort, MASK_WORDS,
@@ -21,7 +22,7 @@ use shadow_mmu::rmap::RmapKey;
 use shadow_mmu::{PageRole, ReclaimPolicy, ShadowError};
 use shadow_support::kernel::{Kernel, Mode, POINTERS, caps, guest_cpu};
 use shadow_support::rig::slot;
-use shadow_support::wide::{PAGES, PHYS, Seen, World};
+use shadow_support::wide::{Guest, PAGES, PHYS, Seen, World, tables_of};
 use shadow_support::{A, D, P, PS, U, W};
 
 fn world(seed: u64, levels: u8, mode: Mode, quota: u32, policy: ReclaimPolicy) -> World<Kernel> {
@@ -249,6 +250,35 @@ fn a_pass_that_ends_within_a_block_ends() {
     }
     world.finish();
 }
+
+/// A vCPU asks about a walk that began at another root: nothing of it is mapped under this one,
+/// also where roots are the vCPU's own and above the guest's tables.
+#[test]
+fn a_walk_from_another_root_is_walked_again() {
+    for (levels, mode) in [(4, Mode::Long4), (5, Mode::Long4), (4, Mode::Bits32 { pse: true })] {
+        let mut world = world(1, levels, mode, 1000, ReclaimPolicy::Fifo);
+        let (top, low) = (mode.top(), tables_of(1).start);
+        let tops = tables_of(top).start;
+        // Both roots lead to address 0, by tables of their own.
+        for root in 0..2 {
+            for level in (2..=top).rev() {
+                let (table, next) =
+                    (tables_of(level).start + root, tables_of(level - 1).start + root);
+                world.memory.set(table << 12, mode.bytes(), next << 12 | ALL);
+            }
+            world.memory.set((low + root) << 12, mode.bytes(), (600 + root) << 12 | ALL);
+        }
+        let enter = |world: &mut World<Kernel>, root: u64| {
+            world.guest.root = GuestRoot::Cr3((tops + root) << 12);
+            world.enter_anew();
+            world.forget();
+        };
+        enter(&mut world, 0);
+        let walk = world.guest.walk(&world.memory, 0, AccessKind::Read, true).unwrap().unwrap();
+        enter(&mut world, 1);
+        let outcome = world.guest.fault(&mut world.rig, &world.memory, &walk);
+        assert_eq!(outcome, Ok(FaultOutcome::Retry), "{mode:?} on {levels} levels");
+        world.check();
 
 /// What an ager was told, page by page.
 #[derive(Debug, Default, PartialEq, Eq)]

@@ -10,7 +10,6 @@ mod common;
 #[path = "../../tests/shadow_support/mod.rs"]
 mod shadow_support;
 
-use arbitrary::Arbitrary;
 use common::{Modelled, five, no_ad};
 use libfuzzer_sys::fuzz_target;
 use mmu_core::spte::{Capabilities, Ept, Npt};
@@ -23,26 +22,30 @@ use shadow_support::wide::{Guest, World};
 
 /// Calls of one input at most; longer inputs find nothing that two of these would not.
 const CALLS: usize = 128;
-/// Words of guest memory that an input sets at most, and addresses that it adds.
-const WORDS: usize = 64;
-const ADDRESSES: usize = 8;
+/// Addresses that an input adds.
+const ADDRESSES: usize = 6;
+/// Bytes of a call.
+const CALL: usize = 11;
 /// Entries of random tables.
 const FILLED: usize = 160;
 
-#[derive(Arbitrary, Debug)]
-struct Input {
+/// Not by `Arbitrary`, which ends a list at every second byte: inputs grow call by call.
+struct Input<'a> {
     kind: u8,
     quota: u8,
     seed: u8,
     /// Bit 0: an honest guest's tables. Bit 1: random ones, over them.
     tables: u8,
     /// Looked at beside those that the guest's tables mostly lead to.
-    addresses: Vec<u64>,
-    words: Vec<(u16, u64)>,
-    calls: Vec<(u8, u16, u64)>,
+    addresses: &'a [[u8; 8]],
+    calls: &'a [[u8; CALL]],
 }
 
-fuzz_target!(|input: Input| {
+fuzz_target!(|data: &[u8]| {
+    let Some((&[kind, quota, seed, tables], rest)) = data.split_first_chunk() else { return };
+    let (addresses, rest) = rest.split_at((8 * ADDRESSES).min(rest.len()));
+    let (addresses, calls) = (addresses.as_chunks().0, rest.as_chunks().0);
+    let input = Input { kind, quota, seed, tables, addresses, calls };
     let levels = 3 + input.kind / 16 % 3;
     match input.kind % 16 {
         0..10 => {
@@ -60,15 +63,15 @@ fuzz_target!(|input: Input| {
     }
 });
 
-fn nested<F: Modelled>(caps: Capabilities, kind: Kind, levels: u32, input: &Input) {
+fn nested<F: Modelled>(caps: Capabilities, kind: Kind, levels: u32, input: &Input<'_>) {
     check(caps, Hypervisor::<F>::new(Mode { kind, levels }), input);
 }
 
-fn check<G: Guest>(caps: Capabilities, guest: G, input: &Input) {
+fn check<G: Guest>(caps: Capabilities, guest: G, input: &Input<'_>) {
     let policy = if input.quota & 1 == 0 { ReclaimPolicy::Fifo } else { ReclaimPolicy::Accessed };
     let quota = if input.quota < 64 { 4 + u32::from(input.quota) / 2 } else { 1000 };
     let mut world = World::new(u64::from(input.seed), caps, guest, quota, policy);
-    world.extra = input.addresses.iter().take(ADDRESSES).copied().collect();
+    world.extra = input.addresses.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
     world.list_addresses();
     let mut random = Random::new(u64::from(input.tables));
     if input.tables & 1 == 1 {
@@ -78,12 +81,10 @@ fn check<G: Guest>(caps: Capabilities, guest: G, input: &Input) {
         let (place, value) = (random.next_u64() as u16, random.next_u64());
         world.furnish(place, value);
     }
-    for (place, value) in input.words.iter().take(WORDS) {
-        world.furnish(*place, *value);
-    }
     world.load();
-    for (what, place, value) in input.calls.iter().take(CALLS) {
-        world.call(Call { what: *what, place: *place, value: *value });
+    for &[what, low, high, ref value @ ..] in input.calls.iter().take(CALLS) {
+        let place = u16::from_le_bytes([low, high]);
+        world.call(Call { what, place, value: u64::from_le_bytes(*value) });
     }
     world.finish();
 }

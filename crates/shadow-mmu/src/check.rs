@@ -134,9 +134,11 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         }
         for level in [Level::L1, Level::L2, Level::L3] {
             let leaves = count.leaves.get(level.slot()).copied().unwrap_or(0);
-            let listed = self.writer.rmap.mapped(level);
-            if listed != leaves {
-                return Err(ShadowFlaw::Listed { level, listed, leaves });
+            // As counted all along, and list by list.
+            for listed in [self.writer.rmap.mapped(level), self.writer.rmap.recount(level)] {
+                if listed != leaves {
+                    return Err(ShadowFlaw::Listed { level, listed, leaves });
+                }
             }
         }
         Ok(count)

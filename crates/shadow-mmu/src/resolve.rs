@@ -15,6 +15,7 @@ use mmu_core::trace::Event;
 use mmu_core::traits::{Host, HostPage, ResolveError};
 
 use crate::guest::{NestedRequest, Operation, Privilege, Purpose, Request, WalkPath};
+use crate::root::Held;
 use crate::spte_ref::PageId;
 use crate::vcpu::ShadowVcpu;
 
@@ -66,7 +67,10 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if gfn >= max_gfn {
             return Err(FaultError::BeyondPhysical { gpa: gfn.address(), max_gfn });
         }
-        let Some(root) = self.page() else { return Err(FaultError::NoRoot) };
+        let Some(Held { page: root, key }) = self.root else { return Err(FaultError::NoRoot) };
+        if !key.begins(path, address) {
+            return Ok(Err(FaultOutcome::Retry));
+        }
         if let Some(reason) = self.actor.vm().is_dead() {
             return Err(FaultError::Dead { reason });
         }

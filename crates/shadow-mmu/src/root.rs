@@ -10,12 +10,12 @@
 //! Values only.
 
 use mmu_core::access::Access;
-use mmu_core::addr::{Gfn, Level};
+use mmu_core::addr::{Gfn, Gpa, Gva, Level, to_index};
 
 use crate::error::ShadowError;
 use crate::guest::{
     EntryFormat, EntryWidth, GuestControls, GuestCpu, GuestRoot, GuestWalker, ModeError,
-    PaePointers, PagingMode, WriteProtect,
+    PaePointers, PagingMode, WalkPath, WriteProtect,
 };
 use crate::role::{PageRole, RoleFlags};
 use crate::spte_ref::PageId;
@@ -69,6 +69,22 @@ impl RootKey {
             role
         };
         Ok(Self { gfn, role, pointers })
+    }
+
+    /// Did a walk that found `path` to `address` begin here? A vCPU may have loaded another root
+    /// since, of any mode.
+    pub(crate) fn begins(&self, path: &WalkPath, address: Gva) -> bool {
+        let Some(first) = path.entries.first() else { return self.role.has(RoleFlags::DIRECT) };
+        let table = Gfn::containing(first.gpa);
+        match &self.pointers {
+            None => !self.role.has(RoleFlags::DIRECT) && table == self.gfn,
+            Some(pointers) => {
+                let index = to_index(address.get() >> 30) % pointers.values().len();
+                // No reserved bit is set in one.
+                let pointer = pointers.values().get(index).copied().unwrap_or(0);
+                table == Gfn::containing(Gpa::new(pointer))
+            }
+        }
     }
 
     /// Is the root one vCPU's own?
