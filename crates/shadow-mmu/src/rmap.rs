@@ -209,7 +209,9 @@ impl Rmaps {
         let shift = level.shift();
         let last = end.get().checked_sub(1)? >> shift;
         let index = heads.next_provided(from.get() >> shift, last + 1)?;
-        Some(Gfn::new(index << shift).max(from))
+        let next = Gfn::new(index << shift).max(from);
+        // The end may lie in the same block as `from`.
+        (next < end).then_some(next)
     }
 
     /// Bytes of heads and descriptors, with the way to them: what stays allocated until the MMU
