@@ -50,6 +50,7 @@ pub mod retry;
 pub mod rmap;
 pub mod role;
 mod root;
+mod split;
 mod spte_ref;
 pub mod stats;
 mod sync;
