@@ -167,6 +167,9 @@ impl<F: SpteFormat, H: Host, L: WriterLock<F, H>> Vcpu<F, H, L> {
     ) -> Result<Hpa, VcpuError> {
         let wanted = Runs::Nested;
         let space = u16::from(self.space);
+        if mmu_core::busted!("nested_entry_not_rolled_back") {
+            self.runs = wanted;
+        }
         let (shadow, lock) = self.shadow().ok_or(VcpuError::NoMmu { wanted })?;
         let address = shadow.load_nested_root(lock, nested, mem, root, space)?;
         self.runs = wanted;
@@ -236,6 +239,9 @@ impl<F: SpteFormat, H: Host, L: WriterLock<F, H>> Vcpu<F, H, L> {
     /// The guest flushed what its guest's tables translate (INVEPT, or an address space of its
     /// guest's), as [`ShadowVcpu::nested_flushed`]; whatever the vCPU is on.
     pub fn nested_flushed<M: GuestMem + ?Sized>(&mut self, nested: &NestedWalker, mem: &M) {
+        if self.runs == Runs::Guest && mmu_core::busted!("flush_of_the_current_mmu") {
+            return;
+        }
         if let Some((shadow, lock)) = self.shadow() {
             shadow.nested_flushed(lock, nested, mem);
         }

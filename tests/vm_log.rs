@@ -235,3 +235,119 @@ fn a_page_that_only_l2_has_ever_used_is_logged() {
     assert_eq!(harvest(&mut machine), BTreeSet::new(), "it was read");
     machine.finish();
 }
+
+/// KVM row 4.57: huge leaves become rows that map what they mapped, for reads at once.
+#[test]
+fn huge_pages_of_l2_are_split_when_logging_begins() {
+    let mut machine = machine(9, Setup::default());
+    l2_writes(&mut machine, 1024);
+    assert_eq!(machine.shadow(address(1024)).unwrap().level, 2);
+    let made = machine.shadow_mmu().lock.0.lock().unwrap().stats().pages_made;
+    set_logging(&mut machine, SlotFlags::LOG_DIRTY, None);
+    let stats = *machine.shadow_mmu().lock.0.lock().unwrap().stats();
+    assert_eq!((stats.splits, stats.pages_made), (1, made + 1));
+    for gfn in 1024..1536 {
+        let found = machine.shadow(address(gfn)).expect("it is mapped still");
+        assert_eq!((found.level, found.writable()), (1, false), "{gfn}");
+        assert_eq!(Some(found.pa >> 12), machine.backing.pfn(gfn), "{gfn}");
+        assert!(found.executable(), "{gfn}");
+    }
+    let before = machine.stat(Counter::Pages4K);
+    let _ = machine.l2_access(address(1025), AccessKind::Read);
+    assert_eq!(machine.stat(Counter::Pages4K), before, "without a fault");
+    l2_writes(&mut machine, 1027);
+    assert_eq!(harvest(&mut machine), BTreeSet::from([1027]));
+    machine.check();
+    machine.finish();
+}
+
+/// Where the quota or memory ends huge leaves go instead.
+#[test]
+fn huge_pages_that_cannot_be_split_go() {
+    for starve in [true, false] {
+        let mut machine = machine(10, Setup::default());
+        l2_writes(&mut machine, 1024);
+        if starve {
+            let taken: Vec<_> = std::iter::from_fn(|| {
+                machine.notifier.top_up(1).ok()?;
+                machine.notifier.take_frame()
+            })
+            .collect();
+            set_logging(&mut machine, SlotFlags::LOG_DIRTY, None);
+            taken.into_iter().for_each(|frame| machine.notifier.put_frame(frame));
+        } else {
+            let mut writer = machine.shadow_mmu().lock.0.lock().unwrap();
+            let live = writer.live_pages();
+            writer.set_quota(live + 1);
+            drop(writer);
+            set_logging(&mut machine, SlotFlags::LOG_DIRTY, None);
+        }
+        assert_eq!(machine.shadow_mmu().lock.0.lock().unwrap().stats().splits, 0);
+        assert!(machine.shadow(address(1024)).is_none());
+        l2_writes(&mut machine, 1024);
+        assert_eq!(harvest(&mut machine), BTreeSet::from([1024]));
+        machine.check();
+        machine.finish();
+    }
+}
+
+/// A page of 1 GiB comes apart down to small ones, whatever its guest may not do stays forbidden.
+#[test]
+fn a_page_of_1_gib_is_split_to_the_bottom() {
+    use mmu_core::spte::{Capabilities, Ept, SpteConfig};
+    use shadow_mmu::guest::{EptCpu, NestedRequest, NestedWalker, Operation, Purpose};
+    const HUGE: u64 = 1 << 18;
+    let config = SpteConfig::<Ept>::new(Capabilities::ept()).unwrap();
+    let limits = mmu_core::slot::SlotLimits::new(1, config.max_gfn_exclusive());
+    let host = common::TestHost::new(4096);
+    host.record(false);
+    host.set_resolver(common::linear(mmu_core::addr::Level::L3));
+    let made = mmu_core::vm::VmCore::new(host, 8, limits, std::thread::yield_now);
+    let (core, mut slots) = made.unwrap();
+    let mut actor = core.actor().unwrap();
+    let lock = |writer| shadow_support::rig::Lock(std::sync::Mutex::new(writer));
+    let rights = (&mut slots, &mut actor);
+    let options = TdpOptions::default();
+    let vm =
+        vm_support::NestedVm::nested(core.clone(), rights, config, options, 2000, lock).unwrap();
+    let none = SlotFlags::empty();
+    for request in [
+        common::request(0, 0, 64, common::DATA, none),
+        common::request(1, HUGE, HUGE, common::DATA + HUGE, none),
+    ] {
+        let _ = vm.set_slot(&mut slots, &mut actor, &request, None).unwrap();
+    }
+    // L1's tables: top table 1, then 2, whose second entry is a page of 1 GiB without X.
+    let memory = shadow_support::memory::Memory::new(64, 4);
+    memory.set(1 << 12, 8, 2 << 12 | ALL);
+    memory.set(2 << 12 | 8, 8, HUGE << 12 | (ALL & !4) | BACK | LARGE);
+    let nested = NestedWalker::ept(mmu_core::addr::Level::L4, &EptCpu::baseline()).unwrap();
+    let mut vcpu = secondary_mmu::Vcpu::new(&vm, 0).unwrap();
+    let root = vcpu.enter_nested(&nested, &memory, 1 << 12).unwrap();
+    let purpose = Purpose::Final(mmu_core::access::Access::ALL);
+    let request = NestedRequest { operation: Operation::Write, purpose };
+    let walk =
+        nested.walk(&memory, 1 << 12, mmu_core::addr::Gpa::new(HUGE << 12), request).unwrap();
+    let done = vcpu.nested_fault(&nested, &memory, &walk, request);
+    assert_eq!(done, Ok(mmu_core::fault::FaultOutcome::Fixed));
+    let walker = mmu_model::Walker::new(&<Ept as common::Modelled>::model(&Capabilities::ept()));
+    let look = |page: u64| {
+        let access = mmu_model::Access::user(AccessKind::Read);
+        walker.translate(&common::Peek(core.host()), root.get() | 0x5e, page << 12, access).ok()
+    };
+    assert_eq!(look(HUGE).unwrap().level, 3);
+    let logged = common::request(1, HUGE, HUGE, common::DATA + HUGE, SlotFlags::LOG_DIRTY);
+    let _ = vm.set_slot(&mut slots, &mut actor, &logged, None).unwrap();
+    let stats = *vm.shadow().unwrap().lock.0.lock().unwrap().stats();
+    assert_eq!(stats.splits, 1 + 512);
+    for page in (HUGE..2 * HUGE).step_by(511) {
+        let found = look(page).expect("it is mapped still");
+        assert_eq!((found.level, found.writable(), found.executable()), (1, false, false));
+        assert_eq!(found.pa >> 12, common::DATA + page);
+    }
+    vm.shadow().unwrap().lock.0.lock().unwrap().check(&mut actor).unwrap();
+    drop(vcpu);
+    let _ = vm.destroy(&mut actor);
+    drop((vm, actor, slots));
+    assert_eq!(core.pool().frames_in_use(), 0);
+}

@@ -161,3 +161,37 @@ fn pages_that_nobody_can_track_are_named() {
     assert_eq!(vm.untrack_write(actor, 0, page), none);
     machine.finish();
 }
+
+/// Bug B35: what a slot carries is counted while its flags are being changed. Nothing is lost.
+#[test]
+fn what_is_counted_while_a_slot_changes_is_kept() {
+    for round in 0..20 {
+        let mut machine = machine(7 + round, Setup::default());
+        let core = std::sync::Arc::clone(machine.vm.core());
+        let mut other = core.actor().unwrap();
+        // The change copies what it needs, then waits until nothing is being taken away.
+        let far = mmu_core::addr::GfnRange::from_len(Gfn::new(PAGES - 1), 1);
+        let guard = core.invalidate(other.participant(), far);
+        std::thread::scope(|scope| {
+            let (vm, slots) = (&machine.vm, &mut machine.slots);
+            let mut changer = core.actor().unwrap();
+            let change = scope.spawn(move || {
+                let request = slot(0, 0, PAGES, SlotFlags::LOG_DIRTY);
+                vm.set_slot(slots, &mut changer, &request, None).map(|_| ())
+            });
+            (0..round * 50).for_each(|_| std::thread::yield_now());
+            // The first count of its block takes memory.
+            vm.track_write(&mut machine.notifier, 0, Gfn::new(1100)).unwrap();
+            drop(guard);
+            change.join().unwrap().unwrap();
+        });
+        machine.tracked.insert(1100);
+        let track = machine.notifier.page_track(0, Gfn::new(1100)).unwrap();
+        assert_eq!(track.count(Gfn::new(1100)), 1);
+        assert_eq!(machine.l1_access(1100, Write), End::Protected);
+        untrack(&mut machine, 0, 1100);
+        assert_eq!(machine.l1_access(1100, Write), reached(&machine, 1100));
+        drop((other, core));
+        machine.finish();
+    }
+}

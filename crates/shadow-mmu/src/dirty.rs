@@ -69,12 +69,23 @@ impl core::error::Error for ShadowLogError {}
 
 impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
     /// The slot's writes are logged from now on: the set of slots says so already. Its pages lose
-    /// write access, larger ones go and come back small. Flushed when this returns.
+    /// write access, larger ones go and come back small; beside direct tables they are split as far
+    /// as memory goes, so that a nested guest has no faults to take for what it only reads (KVM row
+    /// 4.57). Flushed when this returns.
+    #[doc(alias = "kvm_shadow_mmu_try_split_huge_pages")]
     pub fn log_enabled<L: WriterLock<F, H>>(&self, actor: &mut Actor<H>, lock: &L, slot: &Memslot) {
-        let mut at = slot.range().start;
-        while at < slot.range().end {
+        let (space, range) = (slot.as_id, slot.range());
+        let mut at = range.start;
+        while at < range.end {
             at = lock.with(|writer| {
-                writer.work(actor, |work| work.protect_slice(slot.as_id, slot.range(), at))
+                let split = self.beside().is_some() && writer.split_over(actor, space, at);
+                writer.work(actor, |work| {
+                    if split {
+                        // What is small was huge in TLBs, and may have been writable there alone.
+                        work.owe(at.align_down(Level::L2), Level::L2.pages());
+                    }
+                    work.protect_slice(space, range, at)
+                })
             });
         }
     }
@@ -179,6 +190,18 @@ impl<F: SpteFormat, H: Host> ShadowMmu<F, H> {
 }
 
 impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
+    /// Split the huge leaves over `gfn`, as far as memory goes. Was there any?
+    fn split_over(&mut self, actor: &mut Actor<H>, space: u16, gfn: Gfn) -> bool {
+        let mut any = false;
+        while let Some(leaf) = self.splittable(actor, space, gfn) {
+            if !self.work_with_frames(actor, |work, cache| work.split(cache, leaf)) {
+                break;
+            }
+            any = true;
+        }
+        any
+    }
+
     /// The first page of `range` that a small leaf maps that stands in a row.
     fn first_in_row(&self, space: u16, range: GfnRange) -> Option<Gfn> {
         let mut at = range.start;

@@ -37,7 +37,9 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
     #[must_use]
     pub fn zap_obsolete(&mut self, actor: &mut Actor<H>) -> bool {
         self.work(actor, |work| {
-            for _ in 0..SLICE {
+            let before = work.writer.stats.pages_zapped;
+            // Orphans that go with a page count, too (bug B68).
+            while work.writer.stats.pages_zapped - before < u64::from(SLICE) {
                 let Some(id) = work.oldest_obsolete() else { return false };
                 work.zap_page(id);
             }

@@ -75,7 +75,7 @@ pub(crate) struct ShadowPage {
     next_in_bucket: Option<PageId>,
     older: Option<PageId>,
     newer: Option<PageId>,
-    next_doomed: Option<PageId>,
+    /// About to be taken apart, if nobody links it before.
     is_doomed: bool,
 }
 
@@ -136,8 +136,9 @@ pub(crate) struct Pages {
     spare: Vec<Box<[Shadowed]>>,
     /// Live pages that shadow a table (KVM row 4.26).
     indirect: u32,
-    /// First of the pages that are about to be taken apart, linked through themselves.
-    doomed: Option<PageId>,
+    /// Pages that are about to be taken apart, and numbers of some that were; room for as many as
+    /// there are numbers is reserved with the pages.
+    doomed: Vec<PageId>,
 }
 
 impl Pages {
@@ -157,6 +158,8 @@ impl Pages {
             let all = self.pages.len() + missing;
             let more = all - self.free.len();
             grow(&mut self.free, more)?;
+            let more = all - self.doomed.len().min(all);
+            grow(&mut self.doomed, more)?;
             for _ in 0..missing {
                 let number = u32::try_from(self.pages.len()).ok().and_then(PageId::new);
                 self.free.push(number.ok_or(NoMemory { bytes: 0 })?);
@@ -210,7 +213,6 @@ impl Pages {
             next_in_bucket: self.buckets.get(bucket).copied().flatten(),
             older: None,
             newer: None,
-            next_doomed: None,
             is_doomed: false,
         };
         self.indirect += u32::from(page.shadows_a_table());
@@ -270,21 +272,25 @@ impl Pages {
         Some(page)
     }
 
-    /// Put a page among those that are to be taken apart.
+    /// Put a page among those that are to be taken apart. Without room it stays an orphan, which is
+    /// found again or reclaimed.
     pub(crate) fn doom(&mut self, id: PageId) {
-        let first = self.doomed;
-        let Some(page) = self.get_mut(id).filter(|page| !page.is_doomed) else { return };
-        (page.next_doomed, page.is_doomed) = (first, true);
-        self.doomed = Some(id);
+        let room = self.doomed.len() < self.doomed.capacity();
+        let Some(page) = self.get_mut(id).filter(|page| room && !page.is_doomed) else { return };
+        page.is_doomed = true;
+        self.doomed.push(id);
     }
 
     /// One of those pages, not among them any more.
     pub(crate) fn next_doomed(&mut self) -> Option<PageId> {
-        let id = self.doomed?;
-        let page = self.get_mut(id)?;
-        page.is_doomed = false;
-        self.doomed = page.next_doomed.take();
-        Some(id)
+        loop {
+            let id = self.doomed.pop()?;
+            // One that went otherwise left its number here.
+            if let Some(page) = self.get_mut(id).filter(|page| page.is_doomed) {
+                page.is_doomed = false;
+                return Some(id);
+            }
+        }
     }
 
     /// Let nobody find the page any more: it stays for the vCPUs whose root it is.

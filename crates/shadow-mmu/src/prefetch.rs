@@ -158,7 +158,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             host_writable: host.writable,
             map_writable: may_write,
             mmu_writable: may_write,
-            accessed: false,
+            accessed: mmu_core::busted!("prefetch_counts_as_used"),
             ..LeafSpec::new(host.pfn, Level::L1)
         });
         if !self.config().is_hw_present(leaf) {
@@ -190,6 +190,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         let writable = page.writable && !slot.is_read_only();
         let taken = self.vm.notify().must_retry(self.section, snapshot, GfnRange::from_len(gfn, 1));
         let known = page.pfn < self.config().max_pfn_exclusive();
+        let taken = taken && !mmu_core::busted!("prefetch_of_what_goes");
         (known && !taken).then_some(HostPage { writable, ..page })
     }
 }

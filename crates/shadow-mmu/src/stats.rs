@@ -24,6 +24,8 @@ pub struct ShadowStats {
     pub rmap_recycled: u64,
     /// Links given up because one page was linked too often.
     pub links_recycled: u64,
+    /// Huge entries that became rows of small ones (KVM row 4.57).
+    pub splits: u64,
     /// Entries made around faults (KVM row 4.55).
     pub prefetched: u64,
     /// Steps of the searches for pages out of sync.

@@ -56,7 +56,8 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
     #[doc(alias = "mmu_try_to_unsync_pages")]
     pub fn direct_write(&mut self, actor: &mut Actor<H>, gfn: Gfn) -> DirectWrite {
         self.work(actor, |work| {
-            if !work.is_tracked(gfn) && work.let_go_unsync(gfn, false) {
+            let tracked = work.is_tracked(gfn) && !mmu_core::busted!("unsync_despite_trackers");
+            if !tracked && work.let_go_unsync(gfn, false) {
                 DirectWrite::Retry
             } else {
                 DirectWrite::Protected
@@ -74,7 +75,7 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
         let invalidation = vm.invalidate(actor.participant(), GfnRange::from_len(gfn, 1));
         let track = actor.page_track(space, gfn);
         let told = track.map(|track| self.tell(id, track));
-        if let Some(Ok(())) = told {
+        if told == Some(Ok(())) && !mmu_core::busted!("watch_without_protection") {
             direct.protect_in(actor, &invalidation, gfn);
         }
         drop(invalidation);
@@ -100,6 +101,7 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
         }
         let blocked = page.told.is_some();
         let _ = track.track(page.gfn)?;
+        let blocked = blocked || mmu_core::busted!("huge_page_over_a_table");
         if !blocked && let Err(error) = track.block(page.gfn) {
             let _ = track.untrack(page.gfn);
             return Err(error);
@@ -143,7 +145,7 @@ impl ShadowPage {
 impl<F: SpteFormat, H: Host> Work<'_, F, H> {
     /// Have a page's table watched, from the end of the section on. Is there anything to be done?
     pub(crate) fn watch(&mut self, id: PageId) -> bool {
-        if self.writer.mmu.beside().is_none() {
+        if self.writer.mmu.beside().is_none() || mmu_core::busted!("table_unwatched") {
             return false;
         }
         let wanted = self.writer.pages.get(id).is_some_and(ShadowPage::wants_watch);
