@@ -14,6 +14,9 @@ mod modes;
 mod platform;
 mod protect;
 mod shadow_exits;
+mod shadow_faults;
+mod shadow_nested;
+mod shadow_tables;
 mod sizes;
 mod tracking;
 mod workload;
@@ -46,5 +49,8 @@ pub const fn all<V: Virt>() -> &'static [Suite<V>] {
         ("zap", zap::run),
         ("zap-all", zap_all::run),
         ("workload", workload::run),
+        ("shadow-faults", shadow_faults::run),
+        ("shadow-tables", shadow_tables::run),
+        ("shadow-nested", shadow_nested::run),
     ]
 }
