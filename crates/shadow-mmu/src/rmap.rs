@@ -206,6 +206,10 @@ impl Rmaps {
     #[must_use]
     pub fn next(&self, space: u16, level: Level, from: Gfn, end: Gfn) -> Option<Gfn> {
         let heads = self.heads(space, level)?;
+        if from >= end {
+            // Its block may reach below the end: a walk that is done with it would not end.
+            return None;
+        }
         let shift = level.shift();
         let last = end.get().checked_sub(1)? >> shift;
         let index = heads.next_provided(from.get() >> shift, last + 1)?;

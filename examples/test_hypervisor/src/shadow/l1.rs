@@ -87,6 +87,16 @@ impl<V: Virt> L1<V> {
         self.vm.write(actor, place, entry);
     }
 
+    /// A table, not linked yet, that maps block `block` of the data as a large page would.
+    pub fn small_pages(&self, block: u64) -> u64 {
+        let table = self.vm.ram.table();
+        for index in 0..512 {
+            let word = self.vm.ram.at(table + index * 8);
+            word.store(self.page(512 * block + index), Ordering::Relaxed);
+        }
+        table
+    }
+
     /// The entry that maps page `page` of the data and permits everything.
     pub fn page(&self, page: u64) -> u64 {
         (self.vm.ram.data.start() + page * PAGE) | self.bits.page

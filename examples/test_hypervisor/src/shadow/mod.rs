@@ -10,6 +10,7 @@
 //! | `emulate` | writes to tables that have a shadow |
 //! | `l1` | another hypervisor, as suites play it |
 //! | `nested` | a vCPU whose guest is another hypervisor's: its nested tables shadowed |
+//! | `town` | where crowds of vCPUs work |
 //! | `twin` | the same guest on tables that hardware nests, to compare with |
 //!
 //! Guest physical addresses are physical addresses: a guest's own tables could be given to the
@@ -21,6 +22,7 @@ pub mod nested;
 pub mod paging;
 pub mod ram;
 pub mod seat;
+pub mod town;
 pub mod twin;
 pub mod vcpu;
 pub mod vm;

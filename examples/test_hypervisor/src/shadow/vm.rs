@@ -106,6 +106,21 @@ impl<F: SpteFormat> ShadowVm<F> {
         while self.writer.with(|writer| writer.zap_obsolete(actor)) {}
     }
 
+    /// Give up to `count` shadow pages back; how many went.
+    pub fn shrink(&self, actor: &mut Actor<BareHost>, count: u32) -> u32 {
+        self.writer.with(|writer| writer.shrink(actor, count))
+    }
+
+    /// Let there be at most `quota` shadow pages from now on.
+    pub fn set_quota(&self, quota: u32) {
+        self.writer.with(|writer| writer.set_quota(quota));
+    }
+
+    /// Shadow pages that there are.
+    pub fn live_pages(&self) -> u32 {
+        self.writer.with(|writer| writer.live_pages())
+    }
+
     /// What was counted so far.
     pub fn stats(&self) -> ShadowStats {
         self.writer.with(|writer| *writer.stats())
@@ -121,7 +136,7 @@ impl<F: SpteFormat> ShadowVm<F> {
     pub fn end(&self) -> (u32, u64) {
         let mut actor = self.actor();
         self.drop_everything(&mut actor);
-        let live = self.writer.with(|writer| writer.live_pages());
+        let live = self.live_pages();
         drop(actor);
         let pool = self.mmu.vm().pool();
         // No section is open: two grace periods pass at once.

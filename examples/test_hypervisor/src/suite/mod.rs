@@ -13,10 +13,13 @@ mod mmio;
 mod modes;
 mod platform;
 mod protect;
+mod shadow_aging;
 mod shadow_exits;
 mod shadow_faults;
 mod shadow_nested;
 mod shadow_tables;
+mod shadow_workload;
+mod shadow_zap;
 mod sizes;
 mod tracking;
 mod workload;
@@ -51,6 +54,9 @@ pub const fn all<V: Virt>() -> &'static [Suite<V>] {
         ("workload", workload::run),
         ("shadow-faults", shadow_faults::run),
         ("shadow-tables", shadow_tables::run),
+        ("shadow-zap", shadow_zap::run),
+        ("shadow-aging", shadow_aging::run),
+        ("shadow-workload", shadow_workload::run),
         ("shadow-nested", shadow_nested::run),
     ]
 }

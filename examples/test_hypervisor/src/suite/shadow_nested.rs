@@ -131,7 +131,7 @@ fn compare<V: Virt>(lab: &mut Lab<V>, l1: &L1<V>, name: &str, linear: u64, chang
                 l1.edit(&mut actor, leaf, pages.0 & !PERMISSIONS | case.leaf);
                 l1.edit(&mut actor, upper, pages.1 & !PERMISSIONS | case.upper);
             };
-            let task = Task::pages(program, linear + 0x128, 1).value(RET);
+            let task = Task::pages(case.program, linear + 0x128, 1).value(RET);
             prepare();
             let exit = by_the_processor::<V>(&mut machine, l1, &task);
             let wanted = seen(lab, l1, exit, (leaf, upper));
