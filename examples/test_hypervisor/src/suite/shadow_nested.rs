@@ -286,7 +286,7 @@ fn unseen<V: Virt>(lab: &mut Lab<V>, l1: &L1<V>, vcpu: &mut NestedCpu<V>) -> Res
     let place = l1.tree.place(ram, address, Level::L1);
     let mut actor = l1.vm.actor();
     let at_window = l1.tree.place(ram, window, Level::L1);
-    l1.edit(&mut actor, at_window, place / PAGE * PAGE | l1.bits.page);
+    l1.edit(&mut actor, at_window, (place / PAGE * PAGE) | l1.bits.page);
     vcpu.flush();
     lab.equal("before-l2-edits", peek(vcpu, address)?, token(40));
     let unsyncs = l1.vm.stats().unsyncs;

@@ -28,9 +28,8 @@ use crate::vm::{Task, data_at, word};
 const STEPS: u64 = 60;
 /// What the host can do.
 const KINDS: usize = 5;
-/// Shadow pages for each vCPU, and some more: it uses six at a time.
-const FEW_PAGES: u32 = 4;
-const MORE_PAGES: u32 = 2;
+/// Shadow pages that a vCPU uses at a time, with its data in huge pages.
+const USED_PAGES: u32 = 5;
 
 /// See the file's head.
 pub fn run<V: Virt>(lab: &mut Lab<V>) {
@@ -101,8 +100,8 @@ fn storm<V: Virt>(lab: &mut Lab<V>, name: &str, level: Level) {
 /// Fewer shadow pages than the guests use: each fault may cost another its tables.
 fn quota<V: Virt>(lab: &mut Lab<V>) {
     let vcpus = lab.cpus.max(2);
-    let town = Town::new(lab, 2 * vcpus as u64, Level::L1, vcpus);
-    let quota = FEW_PAGES * vcpus as u32 + MORE_PAGES;
+    let town = Town::new(lab, 2 * vcpus as u64, Level::L2, vcpus);
+    let quota = USED_PAGES * vcpus as u32 - 1;
     town.vm.set_quota(quota);
     let crowd = crowd::run(lab, &town, 512, STEPS / 2, &mut |_, _| {});
     lab.crowd("memory-with-few-shadow-pages", &crowd);
