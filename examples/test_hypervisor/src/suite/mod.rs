@@ -16,6 +16,8 @@ mod protect;
 mod shadow_aging;
 mod shadow_exits;
 mod shadow_faults;
+mod shadow_huge;
+mod shadow_modes;
 mod shadow_nested;
 mod shadow_tables;
 mod shadow_workload;
@@ -54,6 +56,8 @@ pub const fn all<V: Virt>() -> &'static [Suite<V>] {
         ("workload", workload::run),
         ("shadow-faults", shadow_faults::run),
         ("shadow-tables", shadow_tables::run),
+        ("shadow-huge", shadow_huge::run),
+        ("shadow-modes", shadow_modes::run),
         ("shadow-zap", shadow_zap::run),
         ("shadow-aging", shadow_aging::run),
         ("shadow-workload", shadow_workload::run),
