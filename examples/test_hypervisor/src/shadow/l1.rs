@@ -9,6 +9,7 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use mmu_core::addr::Level;
+use mmu_core::spte::Capabilities;
 use mmu_core::vm::Actor;
 
 use super::nested::NestedCpu;
@@ -48,19 +49,33 @@ pub struct L1<V: Virt> {
     pub tree: Tree,
     /// What they are made of.
     pub bits: Bits,
-    features: Features,
+    /// What L1 has of the processor.
+    pub features: Features,
 }
 
 impl<V: Virt> L1<V> {
     /// L1 with `bytes` of data for L2, mapped in pages of `level`.
     pub fn new(lab: &Lab<V>, bytes: u64, level: Level) -> Self {
+        Self::with(lab.caps(), lab.features, bytes, level)
+    }
+
+    /// The same, with accessed and dirty bits of L1's tables off. Then the processor must not set
+    /// them in the shadow either: it would walk L2's own tables as if it wrote them, and L1 may
+    /// have those read-only.
+    pub fn without_accessed_dirty(lab: &Lab<V>, bytes: u64, level: Level) -> Self {
+        let caps = Capabilities { accessed_dirty: false, ..lab.caps() };
+        let features = Features { accessed_dirty: false, ..lab.features };
+        Self::with(caps, features, bytes, level)
+    }
+
+    fn with(caps: Capabilities, features: Features, bytes: u64, level: Level) -> Self {
         let (ram, bits) = (Arc::new(Ram::new(bytes)), Bits::of::<V>());
         layout::prepare(&ram.low);
         let tree = Tree::new(&ram, Level::L4, bits.link);
         map_low(&ram, &tree, bits);
         map_data(&ram, &tree, bits, level);
-        let vm = ShadowVm::over(lab.caps(), ram, QUOTA);
-        Self { vm, tree, bits, features: lab.features }
+        let vm = ShadowVm::over(caps, ram, QUOTA);
+        Self { vm, tree, bits, features }
     }
 
     /// Another tree for the same guest, with no data in it.

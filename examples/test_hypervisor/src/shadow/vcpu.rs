@@ -82,6 +82,18 @@ impl<V: Virt> ShadowCpu<V> {
         self.seat.unload();
     }
 
+    /// Go on with these registers, whose control registers are as they were: nothing is flushed.
+    pub fn resume(&mut self, state: GuestState) {
+        let now = self.seat.machine.state();
+        let same =
+            (now.cr0, now.cr3, now.cr4, now.efer) == (state.cr0, state.cr3, state.cr4, state.efer);
+        if same {
+            *now = state;
+        } else {
+            self.start(state);
+        }
+    }
+
     /// What its control registers mean.
     pub fn paging(&mut self) -> Result<Paging, Trouble> {
         match self.paging {

@@ -23,6 +23,8 @@ use crate::vm::{Task, data_at};
 const ALIAS: u64 = 3 << 30;
 /// Pages that are.
 const ALIASES: u64 = 32;
+/// Pages of a vCPU's share.
+const SHARE: u64 = 256;
 
 /// See the file's head.
 pub fn run<V: Virt>(lab: &mut Lab<V>) {
@@ -135,9 +137,9 @@ fn nested<V: Virt>(lab: &mut Lab<V>) {
 fn crowded<V: Virt>(lab: &mut Lab<V>) {
     let vcpus = lab.cpus.max(2) as u64;
     let town = Town::new(lab, 2 * vcpus, Level::L1, 1);
-    let range = pages(&town.vm.ram.data, 0, 512 * vcpus);
+    let range = pages(&town.vm.ram.data, 0, SHARE * vcpus);
     let (mut young, mut mapped) = (0, 0);
-    let crowd = crowd::run(lab, &town, 512, 40, &mut |actor, step| {
+    let crowd = crowd::run(lab, &town, SHARE, 24, &mut |actor, step| {
         let mode = if step % 2 == 0 { AgeMode::ClearFlush } else { AgeMode::Clear };
         let report = age(&town.vm.mmu, actor, range, mode);
         (young, mapped) = (young + report.young, mapped + report.mapped);

@@ -105,6 +105,10 @@ pub fn run<V: Virt>(lab: &mut Lab<V>) {
     }
     kinds(lab, &pair.codes);
     handled(lab, &mut pair);
+    alone(lab, &mut pair, &SETTINGS[1], "a-write-without-wp-is-the-supervisors-alone");
+    if offered & 1 << 7 != 0 {
+        alone(lab, &mut pair, &SETTINGS[4], "and-not-executed-with-smep");
+    }
     let vm = Arc::clone(&pair.vm);
     drop((pair, twin));
     lab.equal("shadow-faults-left", vm.end(), (0, 0));
@@ -283,4 +287,30 @@ fn handled<V: Virt>(lab: &mut Lab<V>, pair: &mut Pair<V>) {
         let held = told && ended && word == 0x5eed;
         lab.check(name, held, format_args!("{fault:?}, then {end:?}, the word is {word:#x}"));
     }
+}
+
+/// A supervisor has written to a user's read-only page, with CR0.WP clear. The entry that let it
+/// lets no user write, and with SMEP no supervisor fetch.
+fn alone<V: Virt>(lab: &mut Lab<V>, pair: &mut Pair<V>, setting: &Setting, name: &str) {
+    pair.write(P | U, P | W | U);
+    let accesses = if setting.cr4_on & SMEP == 0 {
+        [(Program::Write, Ring::Supervisor), (Program::Write, Ring::User)]
+    } else {
+        [(Program::Write, Ring::Supervisor), (Program::Call, Ring::Supervisor)]
+    };
+    let exits = accesses.map(|(program, ring)| {
+        let (state, task) = pair.begin(setting, (0, 0, program, ring));
+        pair.shadow.resume(state);
+        pair.shadow.begin(&task);
+        offset_entry(pair.shadow.registers(), ring);
+        let exit = pair.shadow.run();
+        (exit, pair.shadow.registers().gpr[R13])
+    });
+    let wanted = if setting.cr4_on & SMEP == 0 { 7 } else { 0x11 };
+    let held = matches!(
+        exits,
+        [(Ok(Exit::Out { port: DONE, .. }), _), (Ok(Exit::Out { port: FAULT, .. }), code)]
+            if code == wanted
+    );
+    lab.check(name, held, format_args!("{exits:x?}"));
 }

@@ -99,13 +99,24 @@ fn all_entries<V: Virt>(lab: &Lab<V>) -> impl Iterator<Item = (u64, u64)> + use<
 const PERMISSIONS: u64 = NX | RESERVED | 0xfff;
 
 fn permissions<V: Virt>(lab: &mut Lab<V>) {
-    let l1 = L1::new(lab, 2 << 20, Level::L1);
+    let [pages, tables] = ["faults-of-l2s-pages", "faults-of-l2s-tables"];
+    permissions_of(lab, L1::new(lab, 2 << 20, Level::L1), [pages, tables]);
+    let names = ["pages-of-l2s-without-a-and-d", "tables-of-l2s-without-a-and-d"];
+    if lab.features.accessed_dirty_off {
+        let l1 = L1::without_accessed_dirty(lab, 2 << 20, Level::L1);
+        permissions_of(lab, l1, names);
+    } else {
+        names.iter().for_each(|name| lab.skip(name, "A and D cannot be turned off"));
+    }
+}
+
+fn permissions_of<V: Virt>(lab: &mut Lab<V>, l1: L1<V>, [pages, tables]: [&str; 2]) {
     l1.vm.ram.data.words().iter().for_each(|word| word.store(RET, Ordering::Relaxed));
     let data = data_at(ACCESSED);
-    compare(lab, &l1, "faults-of-l2s-pages", data, data);
+    compare(lab, &l1, pages, data, data);
     // The page of L2's own table that maps the data.
     let table = layout::entry_of(data);
-    compare(lab, &l1, "faults-of-l2s-tables", data, table);
+    compare(lab, &l1, tables, data, table);
     lab.equal("nested-permissions-left", l1.vm.end(), (0, 0));
 }
 
@@ -162,7 +173,7 @@ fn compare<V: Virt>(lab: &mut Lab<V>, l1: &L1<V>, name: &str, linear: u64, chang
 /// The same on L1's tables as they are.
 fn by_the_processor<V: Virt>(machine: &mut V::Vcpu, l1: &L1<V>, task: &Task) -> Exit {
     let frame = Pfn::new(l1.tree.root / PAGE);
-    let accessed_dirty = l1.vm.mmu.config().ad_enabled();
+    let accessed_dirty = l1.features.accessed_dirty;
     machine.set_root(Root { frame, levels: Level::L4, accessed_dirty });
     machine.flush(LocalFlush::Context);
     let mut hardware = Bare(machine);

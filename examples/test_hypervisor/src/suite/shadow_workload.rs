@@ -25,7 +25,10 @@ use crate::virt::Virt;
 use crate::vm::{Task, data_at, word};
 
 /// Steps of the host.
-const STEPS: u64 = 60;
+const STEPS: u64 = 50;
+/// Pages of a vCPU's share; where pages are large, all of one.
+const SHARE: u64 = 256;
+const LARGE_SHARE: u64 = 512;
 /// What the host can do.
 const KINDS: usize = 5;
 /// Shadow pages that a vCPU uses at a time, with its data in huge pages.
@@ -33,8 +36,8 @@ const USED_PAGES: u32 = 5;
 
 /// See the file's head.
 pub fn run<V: Virt>(lab: &mut Lab<V>) {
-    storm(lab, "memory-on-shadows", Level::L1);
-    storm(lab, "memory-on-huge-shadows", Level::L2);
+    storm(lab, "memory-on-shadows", Level::L1, SHARE);
+    storm(lab, "memory-on-huge-shadows", Level::L2, LARGE_SHARE);
     quota(lab);
     remap(lab);
     shared(lab);
@@ -85,11 +88,11 @@ fn agree<V: Virt, F: SpteFormat>(lab: &mut Lab<V>, name: &str, vm: &ShadowVm<F>)
     lab.check(name, gauges == count.leaves, format_args!("{count:?}, leaves {gauges:?}"));
 }
 
-fn storm<V: Virt>(lab: &mut Lab<V>, name: &str, level: Level) {
+fn storm<V: Virt>(lab: &mut Lab<V>, name: &str, level: Level, share: u64) {
     let vcpus = lab.cpus.max(2);
-    let town = Town::new(lab, 2 * vcpus as u64, level, vcpus);
+    let town = Town::new(lab, share * vcpus as u64 / 256, level, vcpus);
     let mut storm = Storm::new(lab.random());
-    let crowd = crowd::run(lab, &town, 512, STEPS, &mut |actor, _| storm.step(&town.vm, actor));
+    let crowd = crowd::run(lab, &town, share, STEPS, &mut |actor, _| storm.step(&town.vm, actor));
     lab.crowd(name, &crowd);
     let all = storm.done.iter().all(|count| *count > 0);
     lab.check("the-host-did-everything", all, format_args!("{:?}", storm.done));
@@ -103,7 +106,7 @@ fn quota<V: Virt>(lab: &mut Lab<V>) {
     let town = Town::new(lab, 2 * vcpus as u64, Level::L2, vcpus);
     let quota = USED_PAGES * vcpus as u32 - 1;
     town.vm.set_quota(quota);
-    let crowd = crowd::run(lab, &town, 512, STEPS / 2, &mut |_, _| {});
+    let crowd = crowd::run(lab, &town, LARGE_SHARE, STEPS / 2, &mut |_, _| {});
     lab.crowd("memory-with-few-shadow-pages", &crowd);
     let (recycled, live) = (town.vm.stats().pages_recycled, town.vm.live_pages());
     lab.check(
@@ -118,7 +121,7 @@ fn quota<V: Virt>(lab: &mut Lab<V>) {
 /// Each guest lets its pages change places by its own table, flushing as a kernel does.
 fn remap<V: Virt>(lab: &mut Lab<V>) {
     const PAGES: u64 = 32;
-    const TIMES: u64 = 6;
+    const TIMES: u64 = 4;
     // Even: at the end all are where they began.
     const ROUNDS: u64 = 4;
     let cpus = lab.cpus;
@@ -165,7 +168,7 @@ fn remap<V: Virt>(lab: &mut Lab<V>) {
 /// and go.
 fn shared<V: Virt>(lab: &mut Lab<V>) {
     const WORDS: u64 = 64;
-    const TIMES: u64 = 30;
+    const TIMES: u64 = 16;
     let cpus = lab.cpus;
     let town = Town::<V>::new(lab, 2, Level::L1, 1);
     let failed = AtomicU64::new(0);
@@ -198,7 +201,7 @@ fn nested<V: Virt>(lab: &mut Lab<V>) {
     let blocks = vcpus;
     let tables = (0..blocks).map(|block| l1.small_pages(block)).collect::<alloc::vec::Vec<_>>();
     let mut edits = 0;
-    let crowd = crowd::run(lab, &l1, 512, STEPS, &mut |actor, step| {
+    let crowd = crowd::run(lab, &l1, LARGE_SHARE, STEPS, &mut |actor, step| {
         let block = step / 2 % blocks;
         let place = l1.tree.place(&l1.vm.ram, DATA + (block << 21), Level::L2);
         let large = l1.page(512 * block) | l1.bits.large;

@@ -15,13 +15,13 @@ use crate::virt::Virt;
 use crate::vm::{Task, data_at};
 
 /// Pages of a share.
-const SHARE: u64 = 512;
+const SHARE: u64 = 256;
 /// Spins in which a guest goes over its whole share, so that one that still could would write.
 const LONG: u32 = 20_000;
 /// Most pages of a small zap.
-const FEW: u64 = 128;
+const FEW: u64 = 64;
 /// Steps of the host.
-const STEPS: u64 = 40;
+const STEPS: u64 = 32;
 
 /// See the file's head.
 pub fn run<V: Virt>(lab: &mut Lab<V>) {
