@@ -206,14 +206,12 @@ impl Rmaps {
     #[must_use]
     pub fn next(&self, space: u16, level: Level, from: Gfn, end: Gfn) -> Option<Gfn> {
         let heads = self.heads(space, level)?;
-        if from >= end {
-            // Its block may reach below the end: a walk that is done with it would not end.
-            return None;
-        }
         let shift = level.shift();
         let last = end.get().checked_sub(1)? >> shift;
         let index = heads.next_provided(from.get() >> shift, last + 1)?;
-        Some(Gfn::new(index << shift).max(from))
+        let next = Gfn::new(index << shift).max(from);
+        // The end may lie in the same block as `from`.
+        (next < end || mmu_core::busted!("walk_without_end")).then_some(next)
     }
 
     /// Bytes of heads and descriptors, with the way to them: what stays allocated until the MMU

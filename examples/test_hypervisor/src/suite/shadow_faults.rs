@@ -3,13 +3,15 @@
 //! and so are the accessed and dirty bits that stay behind.
 //!
 //! Every set of permissions of a page and of the entry above it, by reads, writes and fetches of
-//! supervisor and user, with CR0.WP, EFER.NXE, SMEP and SMAP on and off.
+//! supervisor and user, each by itself and all in some order, with CR0.WP, EFER.NXE, SMEP and SMAP
+//! on and off.
 
 use alloc::collections::BTreeSet;
 use alloc::sync::Arc;
 
 use core::sync::atomic::Ordering;
 
+use arrayvec::ArrayVec;
 use mmu_core::addr::Level;
 use mmu_core::spte::Legacy;
 
@@ -63,7 +65,7 @@ struct Seen {
     /// Address and error code; `None` if the access went through.
     fault: Option<(u64, u64)>,
     leaf: u64,
-    /// The entry above, where the access went through: nothing says what a fault leaves there.
+    /// The entry above, where a single access went through: nothing says what a fault leaves there.
     upper: Option<u64>,
 }
 
@@ -132,29 +134,60 @@ const CODE_RESERVED: u64 = 8;
 
 const PERMISSIONS: u64 = P | W | U | NX | RESERVED | A | D;
 
+/// An access: what it does, and as whom.
+type Access = (Program, Ring);
+
+/// Every access that there is.
+const ACCESSES: [Access; 6] = [
+    (Program::Read, Ring::Supervisor),
+    (Program::Read, Ring::User),
+    (Program::Write, Ring::Supervisor),
+    (Program::Write, Ring::User),
+    (Program::Call, Ring::Supervisor),
+    (Program::Call, Ring::User),
+];
+
+/// What goes before an access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Before {
+    /// Everything was flushed.
+    Flush,
+    /// Other accesses to the same page: what let them through must let this one through only if
+    /// the tables do.
+    Accesses,
+}
+
+/// Whose tables the processor walks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tables {
+    Guests,
+    Shadows,
+}
+
 impl<V: Virt> Pair<V> {
+    /// Each access by itself, and all of them in some order.
     fn compare(&mut self, lab: &mut Lab<V>, setting: &Setting) {
         let (mut cases, mut faults, mut differ) = (0, 0, 0);
         let reserved = (lab.features.phys_bits < 52).then_some(RESERVED);
         let mut first = None;
-        for (leaf, upper) in entries(reserved) {
-            for program in [Program::Read, Program::Write, Program::Call] {
-                for ring in [Ring::Supervisor, Ring::User] {
-                    let case = (leaf, upper, program, ring);
-                    let nested = self.nested(setting, case);
-                    let shadow = self.shadow(setting, case);
-                    let (Some(nested), Some(shadow)) =
-                        (lab.went(setting.name, nested), lab.went(setting.name, shadow))
-                    else {
-                        return;
-                    };
+        for entries in entries(reserved) {
+            let mut all = ACCESSES;
+            (1..all.len())
+                .for_each(|last| all.swap(last, (lab.random() % (last as u64 + 1)) as usize));
+            for accesses in ACCESSES.chunks(1).chain([all.as_slice()]) {
+                let [nested, shadow] = [Tables::Guests, Tables::Shadows].map(|tables| {
+                    let seen = self.accesses(setting, entries, accesses, tables);
+                    lab.went(setting.name, seen)
+                });
+                let (Some(nested), Some(shadow)) = (nested, shadow) else { return };
+                for (nested, shadow) in nested.into_iter().zip(shadow) {
                     let nested = by_the_manual(lab, nested);
                     cases += 1;
                     faults += u64::from(shadow.fault.is_some());
                     self.codes.extend(shadow.fault.map(|(_, code)| code));
                     if nested != shadow {
                         differ += 1;
-                        first.get_or_insert((case, nested, shadow));
+                        first.get_or_insert((entries, all, nested, shadow));
                     }
                 }
             }
@@ -165,12 +198,32 @@ impl<V: Virt> Pair<V> {
         lab.check(setting.name, differ == 0 && faults > 0 && faults < cases, detail);
     }
 
-    /// Registers for a case, and its task.
-    fn begin(
-        &self,
+    /// Make accesses, one after the other, with these entries.
+    fn accesses(
+        &mut self,
         setting: &Setting,
-        (_, _, program, ring): (u64, u64, Program, Ring),
-    ) -> (GuestState, Task) {
+        (leaf, upper): (u64, u64),
+        accesses: &[Access],
+        tables: Tables,
+    ) -> Result<ArrayVec<Seen, { ACCESSES.len() }>, Trouble> {
+        self.write(leaf, upper);
+        let mut seen = ArrayVec::new();
+        for access in accesses {
+            let before = if seen.is_empty() { Before::Flush } else { Before::Accesses };
+            let fault = match tables {
+                Tables::Guests => self.nested(setting, *access, before)?,
+                Tables::Shadows => self.shadow(setting, *access, before)?,
+            };
+            let word = |place| self.vm.ram.at(place).load(Ordering::Acquire);
+            let alone = accesses.len() == 1 && fault.is_none();
+            let (leaf, upper) = (word(self.leaf), alone.then(|| word(self.upper)));
+            seen.push(Seen { fault, leaf, upper });
+        }
+        Ok(seen)
+    }
+
+    /// Registers for an access, and its task.
+    fn begin(&self, setting: &Setting, (program, ring): Access) -> (GuestState, Task) {
         let mut state = system::registers(0, self.space.tree.root, ring);
         state.cr0 &= !setting.cr0_off;
         state.efer &= !setting.efer_off;
@@ -187,50 +240,49 @@ impl<V: Virt> Pair<V> {
         }
     }
 
-    fn seen(&self, fault: Option<(u64, u64)>) -> Seen {
-        let word = |place| self.vm.ram.at(place).load(Ordering::Acquire);
-        let upper = fault.is_none().then(|| word(self.upper));
-        Seen { fault, leaf: word(self.leaf), upper }
-    }
-
+    /// Address and code of the fault, if there is one.
     fn nested(
         &mut self,
         setting: &Setting,
-        case: (u64, u64, Program, Ring),
-    ) -> Result<Seen, Trouble> {
-        self.write(case.0, case.1);
-        let (state, task) = self.begin(setting, case);
+        access: Access,
+        before: Before,
+    ) -> Result<Option<(u64, u64)>, Trouble> {
+        let (state, task) = self.begin(setting, access);
         *self.nested.state() = state;
-        self.nested.machine().flush(LocalFlush::Context);
+        if before == Before::Flush {
+            self.nested.machine().flush(LocalFlush::Context);
+        }
         self.nested.begin(&task);
-        offset_entry(self.nested.state(), case.3);
-        let fault = match self.nested.run()? {
-            Exit::Out { port: DONE, .. } => None,
-            Exit::PageFault { address, code } => Some((address, code)),
-            exit => return Err(Trouble::Exit(exit, self.nested.state().rip)),
-        };
-        Ok(self.seen(fault))
+        offset_entry(self.nested.state(), access.1);
+        match self.nested.run()? {
+            Exit::Out { port: DONE, .. } => Ok(None),
+            Exit::PageFault { address, code } => Ok(Some((address, code))),
+            exit => Err(Trouble::Exit(exit, self.nested.state().rip)),
+        }
     }
 
+    /// The same on shadows.
     fn shadow(
         &mut self,
         setting: &Setting,
-        case: (u64, u64, Program, Ring),
-    ) -> Result<Seen, Trouble> {
-        self.write(case.0, case.1);
-        let (state, task) = self.begin(setting, case);
-        self.shadow.start(state);
+        access: Access,
+        before: Before,
+    ) -> Result<Option<(u64, u64)>, Trouble> {
+        let (state, task) = self.begin(setting, access);
+        match before {
+            Before::Flush => self.shadow.start(state),
+            Before::Accesses => self.shadow.resume(state),
+        }
         self.shadow.begin(&task);
-        offset_entry(self.shadow.registers(), case.3);
-        let fault = match self.shadow.run()? {
-            Exit::Out { port: DONE, .. } => None,
+        offset_entry(self.shadow.registers(), access.1);
+        match self.shadow.run()? {
+            Exit::Out { port: DONE, .. } => Ok(None),
             Exit::Out { port: FAULT, .. } => {
                 let gpr = self.shadow.registers().gpr;
-                Some((gpr[R12], gpr[R13]))
+                Ok(Some((gpr[R12], gpr[R13])))
             }
-            exit => return Err(Trouble::Exit(exit, self.shadow.registers().rip)),
-        };
-        Ok(self.seen(fault))
+            exit => Err(Trouble::Exit(exit, self.shadow.registers().rip)),
+        }
     }
 }
 
@@ -274,7 +326,7 @@ fn handled<V: Virt>(lab: &mut Lab<V>, pair: &mut Pair<V>) {
     {
         pair.write(0, P | W | U);
         let setting = &SETTINGS[0];
-        let (state, task) = pair.begin(setting, (0, 0, Program::Write, ring));
+        let (state, task) = pair.begin(setting, (Program::Write, ring));
         pair.shadow.start(state);
         pair.shadow.begin(&task.value(0x5eed));
         offset_entry(pair.shadow.registers(), ring);
@@ -299,7 +351,7 @@ fn alone<V: Virt>(lab: &mut Lab<V>, pair: &mut Pair<V>, setting: &Setting, name:
         [(Program::Write, Ring::Supervisor), (Program::Call, Ring::Supervisor)]
     };
     let exits = accesses.map(|(program, ring)| {
-        let (state, task) = pair.begin(setting, (0, 0, program, ring));
+        let (state, task) = pair.begin(setting, (program, ring));
         pair.shadow.resume(state);
         pair.shadow.begin(&task);
         offset_entry(pair.shadow.registers(), ring);

@@ -67,13 +67,8 @@ struct Seen {
     entries: Option<(u64, u64)>,
 }
 
-/// An access with entries of L1's.
-#[derive(Clone, Copy, Debug)]
-struct Case {
-    leaf: u64,
-    upper: u64,
-    program: Program,
-}
+/// Every access that there is.
+const ACCESSES: [Program; 3] = [Program::Read, Program::Write, Program::Call];
 
 /// Permissions of a page, then of the entry above it.
 fn all_entries<V: Virt>(lab: &Lab<V>) -> impl Iterator<Item = (u64, u64)> + use<V> {
@@ -132,31 +127,40 @@ fn compare<V: Virt>(lab: &mut Lab<V>, l1: &L1<V>, name: &str, linear: u64, chang
     let mut vcpu = l1.vcpu(0);
     let mut actor = l1.vm.actor();
     let (mut cases, mut faults, mut differ, mut first) = (0, 0, 0, None);
-    for (leaf_bits, upper_bits) in all_entries(lab) {
-        if alone.is_none() && upper_bits != l1.bits.link {
+    for bits in all_entries(lab) {
+        if alone.is_none() && bits.1 != l1.bits.link {
             continue;
         }
-        for program in [Program::Read, Program::Write, Program::Call] {
-            let case = Case { leaf: leaf_bits, upper: upper_bits, program };
+        // Each by itself, then all in some order: what let one through must let the next one
+        // through only if the tables do.
+        let mut all = ACCESSES;
+        (1..3).for_each(|last| all.swap(last, (lab.random() % (last as u64 + 1)) as usize));
+        for accesses in ACCESSES.chunks(1).chain([all.as_slice()]) {
             let mut prepare = || {
-                l1.edit(&mut actor, leaf, pages.0 & !PERMISSIONS | case.leaf);
-                l1.edit(&mut actor, upper, pages.1 & !PERMISSIONS | case.upper);
+                l1.edit(&mut actor, leaf, pages.0 & !PERMISSIONS | bits.0);
+                l1.edit(&mut actor, upper, pages.1 & !PERMISSIONS | bits.1);
             };
-            let task = Task::pages(case.program, linear + 0x128, 1).value(RET);
+            let task = |program| Task::pages(program, linear + 0x128, 1).value(RET);
             prepare();
-            let exit = by_the_processor::<V>(&mut machine, l1, &task);
-            let wanted = seen(lab, l1, exit, (leaf, upper));
+            machine.flush(LocalFlush::Context);
+            let mut wanted = accesses.iter().map(|program| {
+                let exit = by_the_processor::<V>(&mut machine, l1, &task(*program));
+                seen(lab, l1, exit, (leaf, upper))
+            });
+            let wanted = [wanted.next(), wanted.next(), wanted.next()];
             prepare();
-            vcpu.start(l1.registers(0));
-            vcpu.begin(&task);
-            let exit = vcpu.run();
-            let Some(exit) = lab.went(name, exit) else { return };
-            let found = seen(lab, l1, exit, (leaf, upper));
-            cases += 1;
-            faults += u64::from(found.fault.is_some());
-            if wanted != found {
-                differ += 1;
-                first.get_or_insert((case, wanted, found));
+            for (program, wanted) in accesses.iter().zip(wanted) {
+                vcpu.start(l1.registers(0));
+                vcpu.begin(&task(*program));
+                let exit = vcpu.run();
+                let Some(exit) = lab.went(name, exit) else { return };
+                let found = seen(lab, l1, exit, (leaf, upper));
+                cases += 1;
+                faults += u64::from(found.fault.is_some());
+                if wanted != Some(found) {
+                    differ += 1;
+                    first.get_or_insert((bits, all, wanted, found));
+                }
             }
         }
     }
@@ -175,7 +179,6 @@ fn by_the_processor<V: Virt>(machine: &mut V::Vcpu, l1: &L1<V>, task: &Task) -> 
     let frame = Pfn::new(l1.tree.root / PAGE);
     let accessed_dirty = l1.features.accessed_dirty;
     machine.set_root(Root { frame, levels: Level::L4, accessed_dirty });
-    machine.flush(LocalFlush::Context);
     let mut hardware = Bare(machine);
     *hardware.0.state() = l1.registers(0);
     hardware.begin(task);

@@ -87,11 +87,12 @@ pub fn run<V: Virt>(lab: &mut Lab<V>) {
     let vm = ShadowVm::new(lab.shadow_caps(), 2 << 20);
     let space = Space::with_data(&vm.ram, Level::L1);
     let mut kernel = Kernel::new(lab, &vm, &space);
-    let parts: [(&str, Part<V>); 8] = [
+    let parts: [(&str, Part<V>); 9] = [
         ("an-edit-and-invlpg", invlpg),
         ("an-edit-and-cr3", cr3),
         ("an-edit-and-cr4", cr4),
         ("an-upper-entry", upper),
+        ("a-table-under-two-links", two_links),
         ("an-absent-page", absent),
         ("a-read-only-page", read_only),
         ("accessed-and-dirty", accessed_dirty),
@@ -207,11 +208,37 @@ fn upper<V: Virt>(lab: &mut Lab<V>, kernel: &mut Kernel<V>, space: &Space) -> Re
     lab.equal("the-write-is-emulated", kernel.vcpu.counts.emulated - emulated, 1);
     kernel.load(space.tree.root)?;
     lab.equal("the-other-table-is-used", kernel.peek(linear)?, token(60));
+    // The guest wrote to it before it was a table: not unseen any more.
+    kernel.edit(table + linear / PAGE % 512 * 8, kernel.page(61, ALL))?;
+    kernel.invalidate(linear)?;
+    lab.equal("and-its-edits-are-followed", kernel.peek(linear)?, token(61));
     lab.equal("with-what-is-not-in-it", fault(kernel, Program::Read, data_at(51))?.is_some(), true);
     kernel.edit(place, old)?;
     kernel.load(space.tree.root)?;
     lab.equal("and-the-old-one-again", kernel.peek(linear)?, token(50));
     Ok(())
+}
+
+/// One table under two links, one of which permits no writes.
+fn two_links<V: Virt>(
+    lab: &mut Lab<V>,
+    kernel: &mut Kernel<V>,
+    space: &Space,
+) -> Result<(), Trouble> {
+    let (ram, linear) = (Arc::clone(&kernel.vm.ram), data_at(110));
+    let place = space.tree.place(&ram, linear, Level::L2);
+    let (second, far) = (place + 3 * 8, linear + (3 << 21));
+    let link = ram.at(place).load(Ordering::Acquire);
+    kernel.edit(second, link & !W)?;
+    kernel.poke(linear, token(110))?;
+    lab.equal("read-by-the-second-link", kernel.peek(far)?, token(110));
+    lab.equal("not-written-by-it", fault(kernel, Program::Write, far)?, Some((far, 3)));
+    kernel.edit(space.entry(&ram, linear), kernel.page(111, ALL | A | D))?;
+    kernel.load(space.tree.root)?;
+    lab.equal("both-follow-the-table", [kernel.peek(far)?, kernel.peek(linear)?], [token(111); 2]);
+    lab.equal("still-not-written-by-it", fault(kernel, Program::Write, far)?, Some((far, 3)));
+    kernel.edit(second, 0)?;
+    kernel.load(space.tree.root)
 }
 
 /// What is not present is cached by nobody: a page that appears needs no flush.
