@@ -34,6 +34,21 @@ fn set(entries: impl Iterator<Item = SpteRef>) -> BTreeSet<SpteRef> {
 }
 
 #[test]
+fn a_walk_over_a_range_ends_inside_a_block() {
+    let (rmaps, mut writer) = Rmaps::new(Gfn::new(1 << 36), relax);
+    for level in LEVELS {
+        add(&mut writer, key(0, level, 1 << 20), level.number().into());
+        let (start, end) = (Gfn::new((1 << 20) + 100), Gfn::new((1 << 20) + 200));
+        let next = |from: Gfn| rmaps.next(0, level, from, end);
+        assert_eq!(next(start), Some(start), "the middle of a block is in it");
+        let last = Gfn::new(end.get() - 1);
+        assert_eq!(next(last), Some(last));
+        assert_eq!(next(end), None, "behind the last page there is nothing, at {level}");
+        assert_eq!(next(Gfn::new(end.get() + 1)), None);
+    }
+}
+
+#[test]
 fn lists_of_spaces_levels_and_blocks_are_apart_and_random_changes_agree_with_sets() {
     let seed = 0x0a11_a5e5_u64;
     let mut state = seed;

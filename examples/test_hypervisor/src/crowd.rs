@@ -17,11 +17,12 @@ use crate::guest::program::Program;
 use crate::host::BareHost;
 use crate::lab::Lab;
 use crate::machine::lock::Lock;
-use crate::machine::memory::PAGE;
+use crate::machine::memory::{Memory, PAGE};
 use crate::machine::{apic, cpu};
+use crate::runner::{Progress, Runner};
 use crate::trouble::Trouble;
 use crate::vcpu::BareVcpu;
-use crate::virt::{Exit, Virt};
+use crate::virt::Virt;
 use crate::vm::{Done, Task, Vm, data_at, word};
 
 /// Fewest vCPUs.
@@ -32,6 +33,37 @@ const SLICE: u32 = 50_000;
 pub const STRIDE: u64 = 64;
 /// Rounds that a vCPU makes before it looks whether it is to stop.
 const BATCH: u64 = 2;
+
+/// A VM that a crowd can work in: its guests see the data from [`data_at`] on.
+pub trait Place: Sync {
+    /// Its vCPUs.
+    type Vcpu: Runner;
+
+    /// vCPU number `id` on the calling CPU.
+    fn member(&self, id: usize) -> Self::Vcpu;
+
+    /// A handle for a CPU that is no vCPU at the moment.
+    fn handle(&self) -> Actor<BareHost>;
+
+    /// All data.
+    fn memory(&self) -> &Memory;
+}
+
+impl<V: Virt> Place for Vm<V> {
+    type Vcpu = BareVcpu<V>;
+
+    fn member(&self, id: usize) -> BareVcpu<V> {
+        self.vcpu(id)
+    }
+
+    fn handle(&self) -> Actor<BareHost> {
+        self.actor()
+    }
+
+    fn memory(&self) -> &Memory {
+        &self.data
+    }
+}
 
 /// One vCPU's part.
 #[derive(Clone, Copy, Debug)]
@@ -59,17 +91,17 @@ impl Part {
 }
 
 /// A vCPU at work.
-struct Worker<V: Virt> {
-    vcpu: BareVcpu<V>,
+struct Worker<R> {
+    vcpu: R,
     part: Part,
     busy: bool,
 }
 
-impl<V: Virt> Worker<V> {
-    fn new(vm: &Vm<V>, id: usize, pages: u64) -> Self {
+impl<R: Runner> Worker<R> {
+    fn new(vcpu: R, id: usize, pages: u64) -> Self {
         let trouble = None;
         let part = Part { id, pages, rounds: 0, wrong: 0, faults: [0; 3], trouble };
-        let mut worker = Self { vcpu: vm.vcpu(id), part, busy: false };
+        let mut worker = Self { vcpu, part, busy: false };
         // What round 0 finds.
         let filled = worker.vcpu.perform(&part.task(Program::Fill));
         worker.note(filled.map(|_| ()));
@@ -93,20 +125,18 @@ impl<V: Virt> Worker<V> {
             self.busy = true;
         }
         let end = loop {
-            match self.vcpu.enter() {
-                Ok(Exit::Nested(fault)) => match self.vcpu.handle(&fault) {
-                    Ok(None) => {}
-                    // Its slot is on its way back, or its page is let go again: let CPU 0, if it
-                    // is this one, do its part.
-                    Ok(Some(FaultOutcome::Emulate(EmulateReason::NoSlot { .. }))) => return,
-                    Ok(Some(FaultOutcome::WriteProtected)) => return,
-                    Ok(Some(outcome)) => break Err(Trouble::Outcome(fault, outcome)),
-                    Err(trouble) => break Err(trouble),
-                },
-                Ok(Exit::LogFull) => {}
-                Ok(Exit::Interrupt) => return,
-                Ok(exit) => break self.vcpu.done(exit),
-                Err(trouble) => break Err(trouble),
+            match self.vcpu.proceed() {
+                Ok(Progress::On) => {}
+                Ok(Progress::Interrupted) => return,
+                // Its slot is on its way back, or its page is let go again: let CPU 0, if it is
+                // this one, do its part.
+                Ok(Progress::Refused(
+                    FaultOutcome::Emulate(EmulateReason::NoSlot { .. })
+                    | FaultOutcome::WriteProtected,
+                    _,
+                )) => return,
+                Ok(Progress::Refused(_, trouble)) | Err(trouble) => break Err(trouble),
+                Ok(Progress::Stopped(exit)) => break self.vcpu.done(exit),
             }
         };
         self.busy = false;
@@ -125,7 +155,7 @@ impl<V: Virt> Worker<V> {
                 self.part.wrong += done.wrong;
             }
         }
-        self.part.faults = self.vcpu.faults;
+        self.part.faults = self.vcpu.faults();
         self.part
     }
 }
@@ -139,34 +169,35 @@ pub struct Crowd {
     pub rounds: u64,
     /// Words that were not what they should have been, seen by guests or, at the end, by the host.
     pub wrong: u64,
-    /// Nested faults handled: fixed, spurious, retried.
+    /// Faults handled: fixed, spurious, retried.
     pub faults: [u64; 3],
     /// What ended a vCPU early.
     pub trouble: Option<Trouble>,
 }
 
 /// Run a crowd over `pages` pages a vCPU while `host` does `steps` steps.
-pub fn run<V: Virt>(
+pub fn run<V: Virt, P: Place>(
     lab: &Lab<V>,
-    vm: &Vm<V>,
+    vm: &P,
     pages: u64,
     steps: u64,
     host: &mut (dyn FnMut(&mut Actor<BareHost>, u64) + Send),
 ) -> Crowd {
     let vcpus = lab.cpus.max(FEWEST);
-    assert!(vcpus as u64 * pages * PAGE <= vm.data.bytes());
+    assert!(vcpus as u64 * pages * PAGE <= vm.memory().bytes());
     let (stop, host) = (AtomicBool::new(false), Lock::new(host));
     let filled = AtomicUsize::new(0);
     let parts: Lock<Vec<Part>> = Lock::new(Vec::new());
     cpu::on_all(lab.cpus, &|number| {
         let ids = (number..vcpus).step_by(lab.cpus);
-        let mut workers: Vec<Worker<V>> = ids.map(|id| Worker::new(vm, id, pages)).collect();
+        let worker = |id| Worker::new(vm.member(id), id, pages);
+        let mut workers: Vec<Worker<P::Vcpu>> = ids.map(worker).collect();
         filled.fetch_add(1, Ordering::AcqRel);
         if number == 0 {
             while filled.load(Ordering::Acquire) < lab.cpus {
                 core::hint::spin_loop();
             }
-            let mut actor = vm.actor();
+            let mut actor = vm.handle();
             let mut host = host.lock();
             for step in 0..steps {
                 host(&mut actor, step);
@@ -197,17 +228,17 @@ pub fn run<V: Virt>(
 }
 
 /// The words that a crowd uses in these pages of the data, summed up.
-pub fn sum<V: Virt>(vm: &Vm<V>, first: u64, pages: u64) -> u64 {
-    let words = &vm.data.words()[(first * 512) as usize..((first + pages) * 512) as usize];
+pub fn sum(vm: &impl Place, first: u64, pages: u64) -> u64 {
+    let words = &vm.memory().words()[(first * 512) as usize..((first + pages) * 512) as usize];
     let used = words.iter().step_by(STRIDE as usize / 8);
     used.fold(0, |sum, word| sum.wrapping_mul(31).wrapping_add(word.load(Ordering::Acquire)))
 }
 
 /// Words of a vCPU's share that the host finds wrong at the end.
-fn wrong_words<V: Virt>(vm: &Vm<V>, part: &Part) -> u64 {
+fn wrong_words(vm: &impl Place, part: &Part) -> u64 {
     let start = part.id as u64 * part.pages * PAGE;
     let words = (start..start + part.pages * PAGE).step_by(STRIDE as usize);
-    let is_wrong = |offset: &u64| word(&vm.data, *offset) != (data_at(0) + offset) ^ part.rounds;
+    let is_wrong = |offset: &u64| word(vm.memory(), *offset) != (data_at(0) + offset) ^ part.rounds;
     words.filter(is_wrong).count() as u64
 }
 

@@ -96,6 +96,12 @@ impl<V: Virt> Lab<V> {
         V::capabilities(&self.features)
     }
 
+    /// Capabilities of shadow tables: this processor's own, for its own mode.
+    pub fn shadow_caps(&self) -> Capabilities {
+        let huge_1g = core::arch::x86_64::__cpuid(0x8000_0001).edx & 1 << 26 != 0;
+        Capabilities { max_phys_bits: self.features.phys_bits, huge_1g, ..Capabilities::legacy() }
+    }
+
     /// A VM with `mib` MiB of data and pages of up to `level`.
     pub fn shape(&self, mib: u64, level: Level) -> Shape {
         Shape {

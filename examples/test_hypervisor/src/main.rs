@@ -28,6 +28,8 @@ mod host;
 mod lab;
 mod machine;
 mod options;
+mod runner;
+mod shadow;
 mod suite;
 mod svm;
 mod trouble;

@@ -12,23 +12,20 @@ use mmu_core::vm::{Actor, VmCore};
 use tdp_mmu::{DirtyTracking, TdpMmu, TdpOptions};
 
 use crate::guest::layout::{self, DATA, DATA_SLOT, LOW_BYTES, LOW_SLOT, WIDE, WIDE_SLOT};
-use crate::guest::program::{DONE, Program};
+use crate::guest::program::Program;
 use crate::host::{BareHost, MAX_VCPUS};
 use crate::lab::Lab;
 use crate::machine::lock::Lock;
 use crate::machine::memory::{Memory, PAGE};
+use crate::runner::Runner;
 use crate::trouble::Trouble;
 use crate::vcpu::{BareVcpu, Mmu};
-use crate::virt::state::gpr::{R8, R9, R10, R11, RBX, RDI, RDX, RSI};
 use crate::virt::{Exit, GuestState, HardwareLog, Mode, VcpuSetup, Virt};
 
 /// Table frames of a VM.
 const FRAMES: u64 = 1024;
 /// Threads that use a VM besides its vCPUs.
 const OTHERS: usize = 4;
-
-/// Exits after which a guest that should have ended is given up.
-const PATIENCE: u32 = 20_000_000;
 
 /// How a VM is made.
 #[derive(Clone, Copy, Debug)]
@@ -239,56 +236,6 @@ pub const fn data_at(page: u64) -> u64 {
 }
 
 impl<V: Virt> BareVcpu<V> {
-    /// Set the registers to begin `task`.
-    pub fn begin(&mut self, task: &Task) {
-        let state = self.state();
-        state.rip = task.program.entry();
-        let gpr = &mut state.gpr;
-        gpr[RDI] = task.address;
-        gpr[RSI] = task.count;
-        gpr[RDX] = task.stride;
-        gpr[R8] = task.value;
-        gpr[R11] = task.rounds;
-        gpr[RBX] = 0;
-    }
-
-    /// What the program came to, if `exit` is its end.
-    pub fn done(&mut self, exit: Exit) -> Result<Done, Trouble> {
-        let state = self.state();
-        match exit {
-            Exit::Out { port: DONE, .. } => {
-                let gpr = &state.gpr;
-                Ok(Done { wrong: gpr[RBX], last: (gpr[R9], gpr[R10]) })
-            }
-            exit => Err(Trouble::Exit(exit, state.rip)),
-        }
-    }
-
-    /// Run the guest, handling its faults, until it stops for another reason.
-    pub fn run(&mut self) -> Result<Exit, Trouble> {
-        let mut last = Exit::Interrupt;
-        for _ in 0..PATIENCE {
-            last = self.enter()?;
-            match last {
-                Exit::Nested(fault) => {
-                    if let Some(outcome) = self.handle(&fault)? {
-                        return Err(Trouble::Outcome(fault, outcome));
-                    }
-                }
-                Exit::Interrupt | Exit::LogFull => {}
-                exit => return Ok(exit),
-            }
-        }
-        Err(Trouble::Endless(last))
-    }
-
-    /// Run `task` to its end.
-    pub fn perform(&mut self, task: &Task) -> Result<Done, Trouble> {
-        self.begin(task);
-        let exit = self.run()?;
-        self.done(exit)
-    }
-
     /// Run `task` until the first exit that is no interrupt, handling nothing.
     pub fn attempt(&mut self, task: &Task) -> Result<Exit, Trouble> {
         self.begin(task);

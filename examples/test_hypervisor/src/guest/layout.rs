@@ -49,6 +49,8 @@ pub const REAL_DATA: u64 = 0x3_0000;
 pub const REAL_BYTES: u64 = 0x8000;
 /// Stacks, a page for each vCPU, growing down from the end.
 const STACKS: u64 = 0x10_0000;
+/// As many as there is room for.
+pub const MAX_STACKS: u64 = 16;
 
 /// Present, writable.
 const LINK: u64 = 3;

@@ -2,3 +2,5 @@
 
 pub mod layout;
 pub mod program;
+pub mod system;
+pub mod tree;

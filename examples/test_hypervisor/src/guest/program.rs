@@ -11,6 +11,9 @@ use super::layout::{CODE_16, CODE_32, CODE_64};
 
 /// Written to by programs that have ended.
 pub const DONE: u16 = 0x10;
+/// Written to by the handler of page faults, with CR2 in R12 and the error code in R13. The guest
+/// goes on where it was when it is run again.
+pub const FAULT: u16 = 0x11;
 
 global_asm!(
     r#"
@@ -109,6 +112,91 @@ guest_spin:
     movq %rax, (%rdi)
     jmp 1b
 
+    .globl guest_invalidate
+    # INVLPG of each address.
+guest_invalidate:
+1:  invlpg (%rdi)
+    addq %rdx, %rdi
+    decq %rsi
+    jnz 1b
+    jmp guest_done
+
+    .globl guest_set_cr0
+    # Control registers are written from RAX: not every CPU tells its hypervisor from where.
+guest_set_cr0:
+    movq %rdi, %rax
+    movq %rax, %cr0
+    jmp guest_done
+
+    .globl guest_set_cr3
+guest_set_cr3:
+    movq %rdi, %rax
+    movq %rax, %cr3
+    jmp guest_done
+
+    .globl guest_set_cr4
+guest_set_cr4:
+    movq %rdi, %rax
+    movq %rax, %cr4
+    jmp guest_done
+
+    .globl guest_remap
+    # R11 rounds over RSI pages from RDI on, whose entries in the guest's own table stand from R8
+    # on. In each, page I and the page opposite change places: both words are read, both entries
+    # exchanged, both addresses invalidated, both words must have changed places. The word behind
+    # each counts. At the end of a round everything is flushed by loading CR3 with itself.
+guest_remap:
+    xorl %ecx, %ecx
+    leaq -1(%rsi), %rbp
+2:  movq %rcx, %rax
+    shlq $12, %rax
+    addq %rdi, %rax
+    movq %rbp, %r9
+    shlq $12, %r9
+    addq %rdi, %r9
+    movq (%rax), %r14
+    movq (%r9), %r15
+    movq (%r8,%rcx,8), %r10
+    movq (%r8,%rbp,8), %rdx
+    movq %rax, %r12
+    movq %r8, %rax
+    leaq (%rax,%rcx,8), %rdi
+    movq %rdx, (%rdi)
+    leaq (%rax,%rbp,8), %rdi
+    movq %r10, (%rdi)
+    movq %r12, %rdi
+    invlpg (%rdi)
+    movq %r9, %rdi
+    invlpg (%rdi)
+    cmpq (%r12), %r15
+    jne 3f
+    cmpq (%r9), %r14
+    je 4f
+3:  incq %rbx
+4:  incq 8(%r12)
+    incq 8(%r9)
+    movq %rcx, %rax
+    shlq $12, %rax
+    movq %r12, %rdi
+    subq %rax, %rdi
+    incq %rcx
+    decq %rbp
+    cmpq %rbp, %rcx
+    jb 2b
+    movq %cr3, %rax
+    movq %rax, %cr3
+    decq %r11
+    jnz guest_remap
+    jmp guest_done
+
+    .globl guest_handler
+    # #PF: tell, then do the instruction again.
+guest_handler:
+    movq %cr2, %r12
+    popq %r13
+    outb %al, ${fault}
+    iretq
+
     .globl guest_stop
     # Everything that exits: OUT of three sizes, CPUID, HLT.
 guest_stop:
@@ -198,6 +286,7 @@ guest_16_end:
     .popsection
     "#,
     done = const DONE,
+    fault = const FAULT,
     options(att_syntax)
 );
 
@@ -216,6 +305,12 @@ unsafe extern "C" {
     safe static guest_rounds: u8;
     safe static guest_add: u8;
     safe static guest_spin: u8;
+    safe static guest_invalidate: u8;
+    safe static guest_set_cr0: u8;
+    safe static guest_set_cr3: u8;
+    safe static guest_set_cr4: u8;
+    safe static guest_remap: u8;
+    safe static guest_handler: u8;
     safe static guest_stop: u8;
     safe static guest_vmmcall: u8;
     safe static guest_vmcall: u8;
@@ -254,6 +349,18 @@ pub enum Program {
     Add,
     /// Count at an address for ever.
     Spin,
+    /// INVLPG of each address.
+    Invalidate,
+    /// Write the address to CR0.
+    SetCr0,
+    /// Write the address to CR3.
+    SetCr3,
+    /// Write the address to CR4.
+    SetCr4,
+    /// Let pages change places by entries of the guest's own table, again and again.
+    Remap,
+    /// The handler of page faults.
+    Handler,
     /// OUT, CPUID, HLT.
     Stop,
     /// VMMCALL.
@@ -280,6 +387,12 @@ impl Program {
             Self::Rounds => &raw const guest_rounds,
             Self::Add => &raw const guest_add,
             Self::Spin => &raw const guest_spin,
+            Self::Invalidate => &raw const guest_invalidate,
+            Self::SetCr0 => &raw const guest_set_cr0,
+            Self::SetCr3 => &raw const guest_set_cr3,
+            Self::SetCr4 => &raw const guest_set_cr4,
+            Self::Remap => &raw const guest_remap,
+            Self::Handler => &raw const guest_handler,
             Self::Stop => &raw const guest_stop,
             Self::VmmCall => &raw const guest_vmmcall,
             Self::VmCall => &raw const guest_vmcall,

@@ -10,6 +10,7 @@ use crate::guest::layout::{WIDE, entry_of};
 use crate::guest::program::Program;
 use crate::lab::Lab;
 use crate::machine::memory::PAGE;
+use crate::runner::Runner;
 use crate::vcpu::BareVcpu;
 use crate::virt::{LocalFlush, Vcpu, Virt};
 use crate::vm::{Shape, Task, Vm, data_at, data_gfn};

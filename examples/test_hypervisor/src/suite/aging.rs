@@ -11,6 +11,7 @@ use crate::crowd;
 use crate::guest::program::Program;
 use crate::host::BareHost;
 use crate::lab::Lab;
+use crate::runner::Runner;
 use crate::virt::Virt;
 use crate::vm::{Task, Vm, data_at, data_gfn};
 

@@ -10,6 +10,7 @@ use mmu_core::fault::FaultOutcome;
 use super::faults::{RET, restrict};
 use crate::guest::program::Program;
 use crate::lab::Lab;
+use crate::runner::Runner;
 use crate::trouble::Trouble;
 use crate::virt::{Cause, Exit, Virt};
 use crate::vm::{Shape, Task, Vm, data_at, data_gfn};

@@ -11,6 +11,7 @@ use crate::guest::layout::entry_of;
 use crate::guest::program::Program;
 use crate::lab::Lab;
 use crate::machine::memory::PAGE;
+use crate::runner::Runner;
 use crate::trouble::Trouble;
 use crate::vcpu::BareVcpu;
 use crate::virt::{Cause, Exit, LocalFlush, NestedFault, RawFault, Stage, Vcpu, Virt};
@@ -87,7 +88,7 @@ fn provoke<V: Virt>(
 }
 
 /// Where what hardware says differs from its manual.
-fn deviations<V: Virt>(lab: &mut Lab<V>, fault: &NestedFault) {
+pub fn deviations<V: Virt>(lab: &mut Lab<V>, fault: &NestedFault) {
     use mmu_core::access::{EptViolation, NpfInfo};
     match fault.raw {
         RawFault::Npf(info)

@@ -10,6 +10,7 @@ use mmu_core::spte::SpteFormat;
 
 use crate::guest::program::Program;
 use crate::lab::Lab;
+use crate::runner::Runner;
 use crate::virt::{LocalFlush, Vcpu, Virt};
 use crate::vm::{Task, Vm, data_at, data_gfn};
 

@@ -5,6 +5,7 @@ use mmu_core::addr::{GfnRange, Level};
 use crate::crowd;
 use crate::guest::program::Program;
 use crate::lab::Lab;
+use crate::runner::Runner;
 use crate::virt::Virt;
 use crate::vm::{Task, Vm, data_at, data_gfn, word};
 

@@ -10,6 +10,7 @@ use crate::guest::layout::HOLE;
 use crate::guest::program::Program;
 use crate::lab::Lab;
 use crate::machine::memory::PAGE;
+use crate::runner::Runner;
 use crate::virt::{Cause, Exit, Virt};
 use crate::vm::{Task, Vm, data_at, word};
 

@@ -13,7 +13,15 @@ mod mmio;
 mod modes;
 mod platform;
 mod protect;
+mod shadow_aging;
 mod shadow_exits;
+mod shadow_faults;
+mod shadow_huge;
+mod shadow_modes;
+mod shadow_nested;
+mod shadow_tables;
+mod shadow_workload;
+mod shadow_zap;
 mod sizes;
 mod tracking;
 mod workload;
@@ -46,5 +54,13 @@ pub const fn all<V: Virt>() -> &'static [Suite<V>] {
         ("zap", zap::run),
         ("zap-all", zap_all::run),
         ("workload", workload::run),
+        ("shadow-faults", shadow_faults::run),
+        ("shadow-tables", shadow_tables::run),
+        ("shadow-huge", shadow_huge::run),
+        ("shadow-modes", shadow_modes::run),
+        ("shadow-zap", shadow_zap::run),
+        ("shadow-aging", shadow_aging::run),
+        ("shadow-workload", shadow_workload::run),
+        ("shadow-nested", shadow_nested::run),
     ]
 }

@@ -6,6 +6,7 @@ use crate::guest::layout::{self, DATA, REAL_BYTES, REAL_DATA, stack};
 use crate::guest::program::Program;
 use crate::lab::Lab;
 use crate::machine::memory::Memory;
+use crate::runner::Runner;
 use crate::virt::state::gpr::{RBX, RDI, RDX, RSI};
 use crate::virt::{Exit, GuestState, Mode, Virt};
 use crate::vm::{Task, Vm, data_at, word};

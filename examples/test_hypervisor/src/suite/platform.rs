@@ -9,6 +9,7 @@ use crate::guest::program::Program;
 use crate::lab::Lab;
 use crate::machine::memory::{BLOCK, Memory};
 use crate::machine::{cpu, descriptors};
+use crate::runner::Runner;
 use crate::virt::state::gpr::{RAX, RDX};
 use crate::virt::{Exit, Vcpu, VcpuSetup, Virt};
 use crate::vm::{Task, Vm, data_at};

@@ -10,6 +10,7 @@ use mmu_core::fault::FaultOutcome;
 use crate::crowd;
 use crate::guest::program::Program;
 use crate::lab::Lab;
+use crate::runner::Runner;
 use crate::trouble::Trouble;
 use crate::virt::{Cause, Virt};
 use crate::vm::{Task, Vm, data_at, data_gfn, word};

@@ -7,6 +7,7 @@ use crate::guest::layout::WIDE;
 use crate::guest::program::Program;
 use crate::lab::Lab;
 use crate::machine::memory::PAGE;
+use crate::runner::Runner;
 use crate::virt::Virt;
 use crate::vm::{Shape, Task, Vm, data_at, word};
 

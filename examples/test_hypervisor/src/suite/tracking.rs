@@ -8,6 +8,7 @@ use mmu_core::traits::{AgeMode, AgeRange, AgeRequest, CountOnly, UpperBits};
 
 use crate::guest::program::Program;
 use crate::lab::Lab;
+use crate::runner::Runner;
 use crate::virt::{Cause, Exit, Virt};
 use crate::vm::{Task, Vm, data_at, data_gfn};
 

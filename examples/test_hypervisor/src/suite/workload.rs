@@ -15,6 +15,7 @@ use crate::guest::program::Program;
 use crate::host::BareHost;
 use crate::lab::Lab;
 use crate::machine::cpu;
+use crate::runner::Runner;
 use crate::virt::Virt;
 use crate::vm::{Task, Vm, data_at, data_gfn, word};
 

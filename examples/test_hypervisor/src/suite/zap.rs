@@ -14,6 +14,7 @@ use crate::guest::program::Program;
 use crate::host::BareHost;
 use crate::lab::Lab;
 use crate::machine::memory::Memory;
+use crate::runner::Runner;
 use crate::vcpu::BareVcpu;
 use crate::virt::{Cause, Exit, LocalFlush, Vcpu, Virt};
 use crate::vm::{Task, Vm, data_at, data_gfn};

@@ -6,6 +6,7 @@ use mmu_core::addr::Level;
 use crate::crowd;
 use crate::guest::program::Program;
 use crate::lab::Lab;
+use crate::runner::Runner;
 use crate::virt::Virt;
 use crate::vm::{Task, Vm, data_at};
 use tdp_mmu::root::ZapProgress;

@@ -7,17 +7,18 @@ use alloc::boxed::Box;
 
 use mmu_core::access::NpfInfo;
 use mmu_core::addr::{Gfn, Gpa, Level, Pfn};
+use x86::controlregs;
 
 use super::EFER_SVME;
 use super::enter::{enter, invalidate};
 use super::tag::Tag;
-use super::vmcb::{Descriptor, MASK_BY_HOST, NESTED, Save, Vmcb, code, intercept, tlb};
+use super::vmcb::{Descriptor, MASK_BY_HOST, NESTED, Save, Vmcb, code, event, intercept, tlb};
 use crate::machine::memory::physical;
 use crate::machine::{cpu, paging};
 use crate::virt::state::gpr::{RAX, RSP};
 use crate::virt::{
-    Exit, GuestState, LocalFlush, NestedFault, RawFault, Root, Segment, Table, Translation, Vcpu,
-    VcpuSetup,
+    Exit, GuestPageFault, GuestState, LocalFlush, NestedFault, RawFault, Root, Segment, Table,
+    Translation, Vcpu, VcpuSetup,
 };
 
 /// Exit on every port and every MSR.
@@ -31,6 +32,10 @@ const PAT: u64 = 0x0007_0406_0007_0406;
 /// DR6 and DR7 as a reset leaves them.
 const DR6: u64 = 0xffff_0ff0;
 const DR7: u64 = 0x400;
+/// What a processor that walks shadow tables has on: CR0.PG and WP, CR4.PAE, EFER.NXE.
+const SHADOW_CR0: u64 = 1 << 31 | 1 << 16;
+const SHADOW_CR4: u64 = 1 << 5;
+const SHADOW_EFER: u64 = 1 << 11;
 
 /// A virtual CPU.
 pub struct SvmVcpu {
@@ -45,13 +50,16 @@ pub struct SvmVcpu {
     by_asid: bool,
     tag: Tag,
     flush: Option<LocalFlush>,
+    /// The event that the next entry delivers; 0 for none.
+    event: u64,
 }
 
 impl SvmVcpu {
     pub fn new(setup: VcpuSetup, host: u64, tags: u32, by_asid: bool) -> Self {
         let root = Root { frame: Pfn::new(0), levels: Level::L4, accessed_dirty: true };
         let (vmcb, state) = (Box::new(Vmcb::zeroed()), GuestState::default());
-        Self { vmcb, state, setup, root, host, tags, by_asid, tag: Tag::NONE, flush: None }
+        let (tag, flush, event) = (Tag::NONE, None, 0);
+        Self { vmcb, state, setup, root, host, tags, by_asid, tag, flush, event }
     }
 
     /// The TLB control of the next entry; chooses the ASID.
@@ -83,7 +91,7 @@ impl SvmVcpu {
     fn write_control(&mut self, tlb_control: u32) {
         let shadow = self.setup.translation == Translation::Shadow;
         let control = &mut self.vmcb.control;
-        let control_registers = intercept::CONTROL_WRITES | intercept::CR3_READS;
+        let control_registers = intercept::CONTROL_WRITES | intercept::CONTROL_READS;
         control.intercept_cr = if shadow { control_registers } else { 0 };
         let faults_exit = shadow || self.setup.page_faults_exit;
         control.intercept_exceptions = if faults_exit { intercept::PAGE_FAULT } else { 0 };
@@ -106,7 +114,7 @@ impl SvmVcpu {
         control.nested = if shadow { 0 } else { NESTED };
         control.nested_cr3 = self.root.frame.address().get();
         control.exit_code = 0;
-        control.inject = 0;
+        control.inject = core::mem::take(&mut self.event);
         control.interrupt_shadow = 0;
     }
 
@@ -126,11 +134,11 @@ impl SvmVcpu {
         save.gdtr = table(state.gdtr);
         save.idtr = table(state.idtr);
         save.cpl = save.ss.privilege();
-        save.efer = state.efer | EFER_SVME;
-        save.cr0 = state.cr0;
+        save.efer = state.efer | EFER_SVME | if shadow { SHADOW_EFER } else { 0 };
+        save.cr0 = state.cr0 | if shadow { SHADOW_CR0 } else { 0 };
         save.cr2 = state.cr2;
         save.cr3 = if shadow { self.root.frame.address().get() } else { state.cr3 };
-        save.cr4 = state.cr4;
+        save.cr4 = state.cr4 | if shadow { SHADOW_CR4 } else { 0 };
         save.dr6 = DR6;
         save.dr7 = DR7;
         save.rflags = state.rflags;
@@ -157,13 +165,12 @@ impl SvmVcpu {
         state.tr = Segment::from(save.tr);
         state.gdtr = table(save.gdtr);
         state.idtr = table(save.idtr);
-        state.efer = save.efer & !EFER_SVME;
-        state.cr0 = save.cr0;
         state.cr2 = save.cr2;
+        // With shadow paging they are what the guest believes, and it does not write them unseen.
         if !shadow {
-            state.cr3 = save.cr3;
+            state.efer = save.efer & !EFER_SVME;
+            (state.cr0, state.cr3, state.cr4) = (save.cr0, save.cr3, save.cr4);
         }
-        state.cr4 = save.cr4;
         state.rflags = save.rflags;
         state.rip = save.rip;
         state.gpr[RSP] = save.rsp;
@@ -225,12 +232,19 @@ impl SvmVcpu {
         let tlb_control = self.settle_flush();
         self.write_control(tlb_control);
         self.write_state();
+        // VMRUN loads it, too (APM 2, 15.5.1), but in Bochs 2.7.
+        // SAFETY: the host takes no page fault between here and the guest, and reads CR2 only after
+        // one.
+        unsafe { controlregs::cr2_write(self.state.cr2) };
         // SAFETY: SVM is on (`Svm::vcpu` found the host's page, which `Svm::enable` made); all
         // ports and MSRs exit; the nested tables are the MMU's, or the caller's own in suites that
         // try tables by hand, and name the guest's memory only; interrupts are off by the trait's
         // contract.
         unsafe { enter(&mut self.state.gpr, &mut self.vmcb, self.host) };
         self.read_state();
+        // An event that was being delivered begins anew.
+        let cut_short = self.vmcb.control.exit_interrupt;
+        self.event = if cut_short & event::VALID != 0 { cut_short } else { 0 };
         let exit = self.decode();
         if exit == Exit::Interrupt {
             cpu::take_interrupts();
@@ -265,13 +279,25 @@ impl Vcpu for SvmVcpu {
             match exit {
                 // The guest's own is not the processor's. Not every CPU says where it is to go:
                 // the guest programs use RAX. The instruction has three bytes.
-                Exit::Other { reason: code::READ_CR3, .. } => {
-                    self.state.gpr[RAX] = self.state.cr3;
+                Exit::Other {
+                    reason: reason @ (code::READ_CR0 | code::READ_CR3 | code::READ_CR4),
+                    ..
+                } => {
+                    self.state.gpr[RAX] = match reason {
+                        code::READ_CR0 => self.state.cr0,
+                        code::READ_CR3 => self.state.cr3,
+                        _ => self.state.cr4,
+                    };
                     self.state.rip += 3;
                 }
                 exit => return exit,
             }
         }
+    }
+
+    fn inject(&mut self, fault: GuestPageFault) {
+        self.state.cr2 = fault.address;
+        self.event = event::PAGE_FAULT | u64::from(fault.code) << 32;
     }
 
     fn take_log(&mut self, _: &mut dyn FnMut(Gfn)) {}

@@ -30,8 +30,8 @@ pub mod intercept {
     pub const SVM_INSTRUCTIONS: u32 = 0x7f;
     /// The first word: writes of CR0, CR3, CR4.
     pub const CONTROL_WRITES: u32 = 1 << 16 | 1 << 19 | 1 << 20;
-    /// The same word: reads of CR3.
-    pub const CR3_READS: u32 = 1 << 3;
+    /// The same word: reads of CR0, CR3, CR4.
+    pub const CONTROL_READS: u32 = 1 << 0 | 1 << 3 | 1 << 4;
     /// The second word: #PF.
     pub const PAGE_FAULT: u32 = 1 << 14;
 }
@@ -51,10 +51,22 @@ pub const MASK_BY_HOST: u64 = 1 << 24;
 /// Nested paging.
 pub const NESTED: u64 = 1;
 
+/// Events: to be injected, and whose delivery an exit cut short.
+pub mod event {
+    /// There is one.
+    pub const VALID: u64 = 1 << 31;
+    /// #PF: its vector, an exception, with an error code in the upper half.
+    pub const PAGE_FAULT: u64 = VALID | 1 << 11 | 3 << 8 | 14;
+}
+
 /// Exit codes.
 pub mod code {
+    /// A read of CR0.
+    pub const READ_CR0: u64 = 0x00;
     /// A read of CR3.
     pub const READ_CR3: u64 = 0x03;
+    /// A read of CR4.
+    pub const READ_CR4: u64 = 0x04;
     /// First of the control register writes.
     pub const WRITE_CR0: u64 = 0x10;
     /// Last of those that are intercepted.

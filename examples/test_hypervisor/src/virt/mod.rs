@@ -72,8 +72,18 @@ pub enum Translation {
     /// By a tree of the extension's format; [`Vcpu::set_root`] names it.
     Nested,
     /// Not at all: the guest's CR3 is the host's business (shadow paging), and page faults and
-    /// writes to control registers exit.
+    /// writes to control registers exit. Whatever the guest believes, the processor pages with PAE
+    /// or long mode's tables, with CR0.WP and no-execute on.
     Shadow,
+}
+
+/// A page fault as the guest sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestPageFault {
+    /// What CR2 is to hold.
+    pub address: u64,
+    /// The error code that the processor pushes.
+    pub code: u32,
 }
 
 /// Which pages a vCPU's dirty log is kept of.
@@ -167,8 +177,13 @@ pub trait Vcpu {
     /// Host interrupts are off when this is called and when it returns; one that is pending ends
     /// the run at once with [`Exit::Interrupt`], and has been taken by the host's handler when
     /// this returns. [`Exit::Out`], [`Exit::Halt`], [`Exit::Call`] and [`Exit::Cpuid`] leave RIP
-    /// behind their instruction, every other exit on it. Nothing is injected.
+    /// behind their instruction, every other exit on it. Nothing is injected that
+    /// [`inject`](Self::inject) did not ask for.
     fn run(&mut self) -> Exit;
+
+    /// Deliver a page fault to the guest before its next instruction. A delivery that an exit cuts
+    /// short is done again by the next [`run`](Self::run).
+    fn inject(&mut self, fault: GuestPageFault);
 
     /// Hand over the pages that the hardware log holds, oldest first, and empty it.
     fn take_log(&mut self, page: &mut dyn FnMut(Gfn));

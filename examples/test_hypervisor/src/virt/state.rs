@@ -111,6 +111,10 @@ pub mod gpr {
     pub const R10: usize = 10;
     /// R11.
     pub const R11: usize = 11;
+    /// R12.
+    pub const R12: usize = 12;
+    /// R13.
+    pub const R13: usize = 13;
 }
 
 /// The bit that is always set, and IF: if this program is itself a guest, on some machines an
@@ -119,7 +123,25 @@ const RFLAGS: u64 = 1 << 1 | 1 << 9;
 /// EFER.LME and LMA, NXE.
 const EFER_LONG: u64 = 1 << 8 | 1 << 10 | 1 << 11;
 
+/// IOPL 3: programs in user mode end with OUT like others.
+const IOPL: u64 = 3 << 12;
+
 impl GuestState {
+    /// The same at CPL 3, whose 64-bit code and data segments have these selectors.
+    pub fn in_user_mode(mut self, code: u16, data: u16) -> Self {
+        let user = |segment: Segment, selector: u16| Segment {
+            selector: selector | 3,
+            access: segment.access | 3 << 5,
+            ..segment
+        };
+        self.cs = user(self.cs, code);
+        for segment in [&mut self.es, &mut self.ss, &mut self.ds, &mut self.fs, &mut self.gs] {
+            *segment = user(*segment, data);
+        }
+        self.rflags |= IOPL;
+        self
+    }
+
     /// A guest about to execute at `ip` in `mode`, with its stack below `stack` and, where the mode
     /// pages, its tables at `tables`. There are no descriptor tables: the first exception is a
     /// triple fault. Interrupts are on, and none is ever injected.

@@ -14,6 +14,10 @@ use crate::virt::{GuestState, Segment, Translation};
 const UNUSABLE: u64 = 1 << 16;
 /// CR0.PE and PG, which guests in extended tables may have 0.
 const CR0_FREE: u64 = 1 | 1 << 31;
+/// What a processor that walks shadow tables has on: CR0.WP (PG it has anyway), CR4.PAE, EFER.NXE.
+const SHADOW_CR0: u64 = 1 << 16;
+const SHADOW_CR4: u64 = 1 << 5;
+const SHADOW_EFER: u64 = 1 << 11;
 
 /// The first field of each segment register's selector, limit, access rights and base; the fields
 /// of the others follow in the processor's order, two apart.
@@ -70,6 +74,8 @@ pub struct Shadowed {
     /// Bits of CR0 and CR4 whose change by the guest exits.
     cr0_mask: u64,
     cr4_mask: u64,
+    /// Bits of EFER that are the host's.
+    efer_ones: u64,
     /// CR3 while the guest runs, where it is not the guest's.
     shadow_root: Option<u64>,
     /// What the guest reads in the bits that are the host's.
@@ -80,11 +86,17 @@ impl Shadowed {
     /// For a VMCS that is new and current.
     pub fn new(translation: Translation) -> Self {
         let (cr0_ones, cr4_ones) = Abilities::fixed_ones();
-        let (cr0_ones, masks, shadow_root) = match translation {
-            Translation::Nested => (cr0_ones & !CR0_FREE, (cr0_ones & !CR0_FREE, cr4_ones), None),
-            Translation::Shadow => (cr0_ones, (u64::MAX, u64::MAX), Some(0)),
+        let (ones, masks, efer_ones, shadow_root) = match translation {
+            Translation::Nested => {
+                let cr0_ones = cr0_ones & !CR0_FREE;
+                ((cr0_ones, cr4_ones), (cr0_ones, cr4_ones), 0, None)
+            }
+            Translation::Shadow => {
+                let ones = (cr0_ones | SHADOW_CR0, cr4_ones | SHADOW_CR4);
+                (ones, (u64::MAX, u64::MAX), SHADOW_EFER, Some(0))
+            }
         };
-        let (cr0_mask, cr4_mask) = masks;
+        let ((cr0_ones, cr4_ones), (cr0_mask, cr4_mask)) = (ones, masks);
         write_harmless(control::CR0_GUEST_HOST_MASK, cr0_mask);
         write_harmless(control::CR4_GUEST_HOST_MASK, cr4_mask);
         Self {
@@ -93,6 +105,7 @@ impl Shadowed {
             cr4_ones,
             cr0_mask,
             cr4_mask,
+            efer_ones,
             shadow_root,
             read_shadows: None,
         }
@@ -124,7 +137,7 @@ impl Shadowed {
             state.cr0 | self.cr0_ones,
             self.shadow_root.unwrap_or(state.cr3),
             state.cr4 | self.cr4_ones,
-            state.efer,
+            state.efer | self.efer_ones,
             state.pdpte[0],
             state.pdpte[1],
             state.pdpte[2],
@@ -180,7 +193,11 @@ impl Shadowed {
             state.cr3 = cr3;
         }
         state.cr4 = next() & !self.cr4_mask | state.cr4 & self.cr4_mask;
-        state.efer = next();
+        let efer = next();
+        // What the guest believes otherwise; it does not write it unseen.
+        if self.shadow_root.is_none() {
+            state.efer = efer;
+        }
         state.pdpte = core::array::from_fn(|_| next());
     }
 }

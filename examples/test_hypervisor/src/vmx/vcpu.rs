@@ -15,12 +15,14 @@ use super::ept::{self, Context, Eptp};
 use super::exit::{self, Decoded};
 use super::guest::Shadowed;
 use super::instr;
-use super::vmcs::{GuestMode, Vmcs};
+use super::vmcs::{Event, GuestMode, Vmcs};
 use super::wanted::Wanted;
 use crate::machine::cpu;
 use crate::println;
 use crate::virt::state::gpr;
-use crate::virt::{Exit, GuestState, LocalFlush, Root, Translation, Vcpu, VcpuSetup, VirtError};
+use crate::virt::{
+    Exit, GuestPageFault, GuestState, LocalFlush, Root, Translation, Vcpu, VcpuSetup, VirtError,
+};
 
 /// EFER.LMA.
 const LONG_ACTIVE: u64 = 1 << 10;
@@ -39,6 +41,8 @@ pub struct VmxVcpu {
     context: Context,
     /// What the next entry has to forget.
     owed: Option<LocalFlush>,
+    /// The event that the next entry delivers.
+    event: Option<Event>,
     by: By,
 }
 
@@ -70,6 +74,7 @@ impl VmxVcpu {
             translation: setup.translation,
             context,
             owed: None,
+            event: None,
             by: By::Launch,
         })
     }
@@ -94,6 +99,9 @@ impl VmxVcpu {
             let long = self.state.efer & LONG_ACTIVE != 0;
             self.vmcs.set_guest_mode(if long { GuestMode::Long } else { GuestMode::Other });
             self.held.store(&self.state);
+        }
+        if let Some(event) = self.event.take() {
+            self.vmcs.deliver(event);
         }
     }
 
@@ -134,6 +142,7 @@ impl VmxVcpu {
             println!("vmx: entry failed: {} ({detail:#x})", exit::entry_failure(value));
         } else {
             self.by = By::Resume;
+            self.event = self.vmcs.cut_short();
         }
         match decoded {
             Decoded::On(exit) => Some(exit),
@@ -213,6 +222,12 @@ impl Vcpu for VmxVcpu {
                 return exit;
             }
         }
+    }
+
+    fn inject(&mut self, fault: GuestPageFault) {
+        // CR2 is exchanged at each entry.
+        self.state.cr2 = fault.address;
+        self.event = Some(Event::page_fault(fault.code));
     }
 
     fn take_log(&mut self, page: &mut dyn FnMut(Gfn)) {

@@ -7,14 +7,14 @@
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use mmu_core::addr::Gfn;
-use x86::vmx::vmcs::{control, guest, host};
+use x86::vmx::vmcs::{control, guest, host, ro};
 use x86::{controlregs, dtables, msr, segmentation, task};
 
 use super::abilities::Abilities;
 use super::enter;
 use super::instr::{self, Failed};
 use super::region::Region;
-use super::wanted::{LONG_GUEST, Wanted};
+use super::wanted::{LONG_GUEST, PAGE_FAULT, Wanted};
 use crate::machine::cpu::{self, MAX_CPUS};
 use crate::virt::{HardwareLog, VirtError};
 
@@ -31,6 +31,29 @@ pub struct Vmcs {
     log: Option<Region>,
     /// The entry controls, without the guest's mode.
     entry: u32,
+}
+
+/// An event for the guest: what the VM-entry fields are to hold.
+#[derive(Clone, Copy, Debug)]
+pub struct Event {
+    information: u64,
+    code: u64,
+}
+
+/// Interruption information: there is an event; it has an error code.
+const VALID: u64 = 1 << 31;
+const HAS_CODE: u64 = 1 << 11;
+/// Type 10:8: an exception.
+const EXCEPTION: u64 = 3 << 8;
+/// Of an event whose delivery was cut short, what says how to deliver it: bit 12 is undefined.
+const EVENT: u64 = VALID | HAS_CODE | 0x7ff;
+
+impl Event {
+    /// #PF with this error code. CR2 is not part of it.
+    pub const fn page_fault(code: u32) -> Self {
+        let information = VALID | HAS_CODE | EXCEPTION | PAGE_FAULT as u64;
+        Self { information, code: code as u64 }
+    }
 }
 
 /// What an entry must know of the guest's mode.
@@ -145,6 +168,29 @@ impl Vmcs {
         if let Err(error) = written {
             panic!("VMWRITE of the entry controls: {error:?}");
         }
+    }
+
+    /// Deliver `event` at the next entry; the processor forgets it then.
+    pub fn deliver(&self, event: Event) {
+        let fields = [
+            (control::VMENTRY_INTERRUPTION_INFO_FIELD, event.information),
+            (control::VMENTRY_EXCEPTION_ERR_CODE, event.code),
+        ];
+        for (field, value) in fields {
+            // SAFETY: the event is the guest's: its handlers run, with its tables and registers.
+            if let Err(error) = unsafe { instr::write(field, value) } {
+                panic!("VMWRITE of {field:#x}: {error:?}");
+            }
+        }
+    }
+
+    /// The event whose delivery the last exit cut short.
+    pub fn cut_short(&self) -> Option<Event> {
+        let information = instr::field(ro::IDT_VECTORING_INFO);
+        (information & VALID != 0).then(|| Event {
+            information: information & EVENT,
+            code: instr::field(ro::IDT_VECTORING_ERR_CODE),
+        })
     }
 
     /// Hand over what the log holds, oldest first, and empty it.
