@@ -7,14 +7,15 @@
 
 use shadow_mmu::ReclaimPolicy;
 
+use super::picture;
 use super::script::{Script, Trace};
 use super::vm::{Moment, ShadowVm};
 use super::{boot, nothing_left, rules};
 use crate::cli::{CpuChoice, Options, PolicyChoice};
-use crate::report::{Report, Series};
+use crate::report::Report;
 use crate::vmm::Error;
 
-/// Less refills than by age, in percent, that accessed bits must bring.
+/// Percent of the refills by age alone that accessed bits must save at least.
 const SAVED_PERCENT: u64 = 30;
 /// The number of tables may swing by so much of the quota, in percent.
 const SWING_PERCENT: u32 = 25;
@@ -59,35 +60,14 @@ pub fn run(options: &Options, report: &mut Report) -> Result<(), Error> {
             &[("fifo", ReclaimPolicy::Fifo), ("accessed", ReclaimPolicy::Accessed)]
         }
     };
-    let mut series = Vec::new();
-    let mut refills = Vec::new();
+    let mut courses = Vec::new();
     for (name, policy) in policies {
         let course = follow(options, *policy, name, report)?;
-        report.count(format!("{name}_refills"), course.refills);
-        report.count(format!("{name}_second_chances"), course.spared);
-        let (most, fewest) = course.extremes.unwrap_or((0, 0));
-        report.count(format!("{name}_tables_most"), u64::from(most));
-        report.count(format!("{name}_tables_fewest"), u64::from(fewest));
-        let swing = (most - fewest) * 100;
-        report.check(
-            format!("{name}-swings-by-a-quarter-at-most"),
-            course.extremes.is_some() && swing <= options.quota * SWING_PERCENT,
-            format!("{fewest} to {most} tables, {} allowed", options.quota),
-        );
-        let of = |value: fn(&Round) -> f64| {
-            (0u32..).zip(&course.rounds).map(|(at, round)| (f64::from(at), value(round))).collect()
-        };
-        series.push(Series {
-            name: format!("{name}: tables"),
-            points: of(|round| f64::from(round.tables)),
-        });
-        series.push(Series {
-            name: format!("{name}: refills in a round"),
-            points: of(|round| round.refills as f64),
-        });
-        refills.push(course.refills);
+        judge(options, name, &course, report);
+        courses.push((*name, course));
     }
-    if let [fifo, accessed] = refills[..] {
+    if let [(_, fifo), (_, accessed)] = &courses[..] {
+        let (fifo, accessed) = (fifo.refills, accessed.refills);
         let saved = fifo.saturating_sub(accessed) * 100 / fifo.max(1);
         report.metric("refills_saved_percent", saved as f64);
         report.check(
@@ -96,12 +76,42 @@ pub fn run(options: &Options, report: &mut Report) -> Result<(), Error> {
             format!("{accessed} refills instead of {fifo}: {saved} % fewer"),
         );
     }
+    let trace = trace(options.quota, options.cpu);
     let title = format!(
-        "shadow tables under a quota of {}, on {}: a hot loop and a scan",
-        options.quota, report.cpu
+        "At most {} shadow tables ({}): a loop over {} tables, a scan over {} others",
+        options.quota, report.cpu, trace.hot, trace.cold
     );
-    report.plot = Some((title, "rounds of the loop".into(), "shadow pages".into(), series));
+    let lines: Vec<_> = courses.iter().map(|(name, course)| (*name, course)).collect();
+    report.svg = Some(picture::draw(&title, &lines, options.quota, warm_rounds(&trace))?);
     Ok(())
+}
+
+/// Rounds before counting begins.
+fn warm_rounds(trace: &Trace) -> u64 {
+    trace.cold.div_ceil(trace.step) * WARM_SCANS
+}
+
+/// What a policy did, and whether the number of tables keeps still.
+fn judge(options: &Options, name: &str, course: &Course, report: &mut Report) {
+    report.count(format!("{name}_refills"), course.refills);
+    report.count(format!("{name}_second_chances"), course.spared);
+    let (most, fewest) = course.extremes.unwrap_or((0, 0));
+    report.count(format!("{name}_tables_most"), u64::from(most));
+    report.count(format!("{name}_tables_fewest"), u64::from(fewest));
+    let swing = (most - fewest) * 100 / options.quota;
+    report.check(
+        format!("{name}-swings-by-a-quarter-at-most"),
+        course.extremes.is_some() && swing <= SWING_PERCENT,
+        format!("{fewest} to {most} tables: {swing} % of the quota of {}", options.quota),
+    );
+    for (at, round) in (0u64..).zip(&course.rounds) {
+        report.timeline.push(serde_json::json!({
+            "policy": name,
+            "round": at,
+            "refills": round.refills,
+            "tables": round.tables,
+        }));
+    }
 }
 
 /// One policy.
@@ -112,8 +122,8 @@ fn follow(
     report: &mut Report,
 ) -> Result<Course, Error> {
     let trace = trace(options.quota, options.cpu);
-    let warm = trace.cold.div_ceil(trace.step) * WARM_SCANS;
-    let script = Script::hot_and_scan(&trace);
+    let warm = warm_rounds(&trace);
+    let script = Script::hot_and_scan(&trace, options.seed);
     let (machinery, image, start) = boot(options, &script)?;
     let mut vm = ShadowVm::new(machinery, &start, rules(options, policy))?;
     let mut course = Course::default();

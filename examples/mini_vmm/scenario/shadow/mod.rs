@@ -21,7 +21,7 @@
 //! | `decode`, `execute`, `system` | instructions |
 //! | `memory`, `vm` | the hypervisor |
 //! | `interpreter`, `soft`, `tdp` | software CPUs of one and two dimensions |
-//! | `experiment` | reclaim by policy, and its picture |
+//! | `experiment`, `picture` | reclaim by policy |
 
 mod decode;
 mod execute;
@@ -32,6 +32,7 @@ mod interpreter;
 mod layout;
 mod memory;
 mod os;
+mod picture;
 mod script;
 mod soft;
 mod system;

@@ -155,10 +155,11 @@ impl Script {
         Self { processes: made }
     }
 
-    /// A loop over `hot` tables of the lowest level, `rounds` times, and after each round `step` of
-    /// `cold` others, one after the other and around again. Each round ends with its number as a
-    /// mark.
-    pub fn hot_and_scan(trace: &Trace) -> Self {
+    /// A loop over `hot` tables of the lowest level, `rounds` times, and after each round about
+    /// `step` of `cold` others, one after the other and around again. Each round ends with its
+    /// number as a mark.
+    pub fn hot_and_scan(trace: &Trace, seed: u64) -> Self {
+        let mut random = Random::new(seed);
         let area = |start: u64, tables: u64| Area {
             start,
             end: start + tables * LARGE,
@@ -176,7 +177,7 @@ impl Script {
         let mut at = 0;
         for round in 0..trace.rounds {
             script.push(Operation::Read(words(USER, trace.hot)));
-            let count = trace.step.min(trace.cold - at);
+            let count = (1 + random.below(2 * trace.step - 1)).min(trace.cold - at);
             script.push(Operation::Read(words(far + at * LARGE, count)));
             at = (at + count) % trace.cold;
             script.push(Operation::Mark(round));
@@ -193,7 +194,7 @@ pub struct Trace {
     pub hot: u64,
     /// Scanned.
     pub cold: u64,
-    /// Of these, in one round.
+    /// Of these, in one round, on average.
     pub step: u64,
     /// Rounds.
     pub rounds: u64,
