@@ -241,7 +241,8 @@ options
     --slots N          memory slots (1)
     -e                 dirty-log: vCPUs run on while logging is disabled
     --disturb          dirty-log: unmap, age and drop roots while vCPUs write and pages are
-                       harvested; tiering: take any pages away, hot ones too
+                       harvested; tiering: take any pages away, hot ones too; shadow:
+                       take pages and tables away, and age
     --hot N            tiering: share of the pages that is hot, in percent (25)
     --interval N       tiering: milliseconds between two aging passes (250)
     --slow FOLDER      tiering: where the file with the cold pages is (the temporary folder)

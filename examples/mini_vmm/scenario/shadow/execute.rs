@@ -380,3 +380,185 @@ fn mask(bytes: u32) -> u64 {
 fn is_word(size: MemorySize) -> bool {
     matches!(size, MemorySize::UInt64 | MemorySize::Int64)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::super::decode::{Decoded, decode};
+    use super::*;
+
+    const RAX: usize = 0;
+    const RCX: usize = 1;
+    const RSI: usize = 6;
+    const RDI: usize = 7;
+
+    /// Words, and addresses at which accesses stop.
+    #[derive(Default)]
+    struct Words {
+        words: BTreeMap<u64, u64>,
+        stops: BTreeSet<u64>,
+    }
+
+    impl Bus for Words {
+        type Stop = u64;
+
+        fn load(&mut self, gva: u64) -> Result<u64, u64> {
+            assert_eq!(gva % 8, 0);
+            if self.stops.contains(&gva) {
+                return Err(gva);
+            }
+            Ok(self.words.get(&gva).copied().unwrap_or(0))
+        }
+
+        fn store(&mut self, gva: u64, value: u64) -> Result<(), u64> {
+            let _ = self.load(gva)?;
+            self.words.insert(gva, value);
+            Ok(())
+        }
+    }
+
+    fn instruction(code: &[u8]) -> Instruction {
+        let Decoded::Instruction(instruction) = decode(0x1000, code) else { panic!("{code:x?}") };
+        instruction
+    }
+
+    fn at_start() -> Registers {
+        let general = core::array::from_fn(|index| 0x8000 + 0x100 * index as u64);
+        Registers { general, rip: 0x1000, rflags: 2 }
+    }
+
+    fn run(words: &mut Words, registers: &mut Registers, code: &[u8]) -> Result<(), Halt<u64>> {
+        registers.rip = 0x1000;
+        execute(words, registers, &instruction(code))
+    }
+
+    /// Code, rax, rcx before; rax and flags after.
+    const ARITHMETIC_CASES: [(&[u8], u64, u64, u64, u64); 14] = [
+        (&[0x48, 0x01, 0xc8], u64::MAX, 1, 0, CF | PF | ZF), // add rax, rcx
+        (&[0x01, 0xc8], 0xffff_ffff, 1, 0, CF | PF | ZF),    // add eax, ecx
+        (&[0x48, 0x01, 0xc8], i64::MAX as u64, 1, 1 << 63, PF | SF | OF),
+        (&[0x48, 0x29, 0xc8], 3, 5, u64::MAX - 1, CF | SF), // sub rax, rcx
+        (&[0x48, 0x39, 0xc8], 5, 5, 5, PF | ZF),            // cmp rax, rcx
+        (&[0x48, 0x39, 0xc8], 1 << 63, 1, 1 << 63, PF | OF),
+        (&[0x85, 0xc8], 1 << 40 | 2, 2, 1 << 40 | 2, 0), // test eax, ecx
+        (&[0x48, 0x83, 0xe0, 0xfd], 7, 0, 5, PF),        // and rax, -3
+        (&[0xff, 0xc8], 0, 0, 0xffff_ffff, PF | SF),     // dec eax
+        (&[0x48, 0xff, 0xc0], i64::MAX as u64, 0, 1 << 63, PF | SF | OF), // inc rax
+        (&[0x48, 0xd3, 0xe8], 0x180, 8, 1, CF),          // shr rax, cl
+        (&[0x48, 0xc1, 0xc0, 0x07], 3 << 62, 0, 0x60, 0), // rol rax, 7
+        (&[0x48, 0xf7, 0xd0], 5, 0, !5, 0),              // not rax
+        (&[0x48, 0x0f, 0xaf, 0xc1], 1 << 40, 1 << 30, 0, CF | PF | ZF | OF), // imul rax, rcx
+    ];
+
+    #[test]
+    fn results_and_flags_are_the_manuals() {
+        for (code, rax, rcx, result, flags) in ARITHMETIC_CASES {
+            let mut registers = at_start();
+            (registers.general[RAX], registers.general[RCX]) = (rax, rcx);
+            run(&mut Words::default(), &mut registers, code).unwrap();
+            assert_eq!(registers.general[RAX], result, "{code:x?} {rax:#x} {rcx:#x}");
+            let imul = code.get(1) == Some(&0x0f);
+            // Undefined after a multiplication but for carry and overflow.
+            let defined = if imul { CF | OF } else { ARITHMETIC };
+            let (found, flags) = (registers.rflags & defined, flags & defined);
+            assert_eq!(found, flags, "{code:x?} {rax:#x} {rcx:#x}");
+            assert_eq!(registers.rip, 0x1000 + code.len() as u64);
+        }
+    }
+
+    #[test]
+    fn jumps_go_by_carry_and_zero() {
+        // je, jne, jb, jae, ja, jbe, over 16 bytes; taken with none, CF, ZF.
+        let cases = [
+            (0x74, [false, false, true]),
+            (0x75, [true, true, false]),
+            (0x72, [false, true, false]),
+            (0x73, [true, false, true]),
+            (0x77, [true, false, false]),
+            (0x76, [false, true, true]),
+            (0xeb, [true, true, true]),
+        ];
+        for (opcode, taken) in cases {
+            for (flags, taken) in [0, CF, ZF].into_iter().zip(taken) {
+                let mut registers = Registers { rflags: 2 | flags, ..at_start() };
+                run(&mut Words::default(), &mut registers, &[opcode, 0x10]).unwrap();
+                assert_eq!(registers.rip, if taken { 0x1012 } else { 0x1002 }, "{opcode:#x}");
+            }
+        }
+    }
+
+    /// Instructions that access memory.
+    const ACCESSING: [&[u8]; 9] = [
+        &[0x48, 0x89, 0x47, 0x08], // mov [rdi + 8], rax
+        &[0x4a, 0x8b, 0x04, 0x3f], // mov rax, [rdi + r15]
+        &[0x48, 0xff, 0x07],       // inc qword ptr [rdi]
+        &[0x48, 0x83, 0x07, 0x20], // add qword ptr [rdi], 32
+        &[0x56],                   // push rsi
+        &[0x5e],                   // pop rsi
+        &[0xe8, 0, 1, 0, 0],       // call
+        &[0xc3],                   // ret
+        &[0x48, 0xa5],             // movsq
+    ];
+
+    #[test]
+    fn an_access_that_stops_leaves_everything_as_it_was() {
+        for code in ACCESSING {
+            // Where does it go, undisturbed? Then each of these addresses stops it.
+            let stops = (0..0x2_0000).step_by(8).collect();
+            let mut all = Words { stops, ..Words::default() };
+            let mut stopped = 0;
+            let mut registers = at_start();
+            while let Err(halt) = run(&mut all, &mut registers, code) {
+                let Halt::Stop(at) = halt else { panic!("{code:x?}: {halt:?}") };
+                assert_eq!(registers, at_start(), "{code:x?} stopped at {at:#x}");
+                assert!(all.words.is_empty());
+                all.stops.remove(&at);
+                stopped += 1;
+                assert!(stopped < 4, "{code:x?}");
+            }
+            assert!(stopped > 0, "{code:x?}");
+            assert_ne!(registers, at_start());
+        }
+    }
+
+    #[test]
+    fn a_repeated_string_instruction_goes_on_where_it_stopped() {
+        let code = [0xf3, 0x48, 0xab]; // rep stosq
+        let mut registers = at_start();
+        (registers.general[RAX], registers.general[RCX]) = (7, 3);
+        let start = registers.general[RDI];
+        let mut words = Words { stops: [start + 8].into(), ..Words::default() };
+        run(&mut words, &mut registers, &code).unwrap();
+        assert_eq!((registers.rip, registers.general[RCX]), (0x1000, 2), "not over");
+        assert_eq!(run(&mut words, &mut registers, &code), Err(Halt::Stop(start + 8)));
+        assert_eq!(registers.general[RDI], start + 8);
+        words.stops.clear();
+        run(&mut words, &mut registers, &code).unwrap();
+        run(&mut words, &mut registers, &code).unwrap();
+        assert_eq!((registers.rip, registers.general[RCX]), (0x1003, 0), "over");
+        assert_eq!(words.words.len(), 3);
+        // And none at all is over at once.
+        run(&mut words, &mut registers, &code).unwrap();
+        assert_eq!((registers.rip, words.words.len()), (0x1003, 3));
+        assert_eq!(registers.general[RSI], at_start().general[RSI]);
+    }
+
+    #[test]
+    fn what_is_not_known_is_said_so() {
+        let strange: [&[u8]; 6] = [
+            &[0x88, 0x07],             // mov [rdi], al
+            &[0x89, 0x07],             // mov [rdi], eax
+            &[0x48, 0x89, 0x47, 0x01], // mov [rdi + 1], rax: misaligned
+            &[0x65, 0x48, 0x89, 0x07], // mov gs:[rdi], rax
+            &[0xf0, 0x48, 0xff, 0x07], // lock inc
+            &[0xff, 0xe0],             // jmp rax
+        ];
+        for code in strange {
+            let mut registers = at_start();
+            let halt = run(&mut Words::default(), &mut registers, code);
+            assert_eq!(halt, Err(Halt::Unknown), "{code:x?}");
+            assert_eq!(registers, at_start());
+        }
+    }
+}

@@ -80,14 +80,15 @@ impl Process {
             let at = words.start + number * words.stride;
             let mut areas = self.areas.iter().flatten();
             let area = areas.find(|area| (area.start..area.end).contains(&at));
-            let permitted =
-                area.is_some_and(|area| needed == Rights::Read || area.rights == Rights::Write);
+            let permitted = area.is_some_and(|area| area.rights >= needed);
             self.digest = match (permitted, needed) {
                 (false, _) => {
                     refused += 1;
                     !(self.digest ^ at)
                 }
-                (true, Rights::Read) => self.digest ^ self.words.get(&at).copied().unwrap_or(0),
+                (true, Rights::Nothing | Rights::Read) => {
+                    self.digest ^ self.words.get(&at).copied().unwrap_or(0)
+                }
                 (true, Rights::Write) => {
                     let word = (self.digest ^ at).wrapping_mul(FACTOR);
                     self.words.insert(at, word);

@@ -30,6 +30,8 @@ mini_vmm_os_page_fault:
     jne 2b
     jmp .Los_refuse
 4:  mov r9, [rbx + 16]
+    test r9d, {readable}
+    je .Los_refuse
     test r8d, 2
     je 5f
     test r9d, {writable}
@@ -42,7 +44,7 @@ mini_vmm_os_page_fault:
     jne 6f
     call .Los_take_of_area  # a page that nobody used
     mov rcx, r9
-    or rcx, 5
+    or rcx, 1
     or rax, rcx
     mov [rsi], rax
     jmp .Los_handled
@@ -58,7 +60,13 @@ mini_vmm_os_page_fault:
     pop rdi
     invlpg [rdi]
     jmp 5b
-7:  test r8d, 2
+7:  test edx, {readable}  # it was not for a while
+    jne 11f
+    or rdx, {readable}
+    mov [rsi], rdx
+    invlpg [rdi]
+    jmp .Los_handled
+11: test r8d, 2
     je .Los_handled
     mov r8, rdi  # a write to a page that may be another's too
     mov rdi, rdx
@@ -89,7 +97,7 @@ mini_vmm_os_page_fault:
     rep movsq
     pop rsi
     mov rcx, r9
-    or rcx, 5
+    or rcx, 1
     or rax, rcx
     mov [rsi], rax
     invlpg [r8]

@@ -86,6 +86,8 @@ pub mod process {
     pub const AREAS: u64 = 64;
 }
 
+/// An area that may be read: the bit of its flags, and of an entry, where it says user.
+pub const READABLE: u64 = 1 << 2;
 /// An area that may be written: the bit of its flags, and of an entry.
 pub const WRITABLE: u64 = 1 << 1;
 /// An area of 2 MiB pages: the bit of its flags, and of an entry.

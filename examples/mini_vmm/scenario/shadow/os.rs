@@ -12,7 +12,8 @@
 //! It believes to be alone on a processor, at CPL 0: loads CR0, CR3, CR4 and the IDT, invalidates
 //! addresses, returns from interrupts. Its memory begins at 4 GiB and is mapped in a row by 2 MiB
 //! pages, through which it writes to its tables; kernel and stub are mapped in every space. It has
-//! one privilege level: its tables say user for everything.
+//! one privilege level, so its tables say user for everything, but for areas that are closed: those
+//! have pages for supervisors, of which there are none.
 //!
 //! | linear | holds |
 //! |---|---|
@@ -29,8 +30,8 @@ use core::arch::global_asm;
 use crate::host::DATA_GFN;
 
 use super::layout::{
-    AREAS, FACTOR, HUGE, KERNEL, MOST_PROCESSES, OFFSET, PROCESS, PROCESSES, WRITABLE, op, process,
-    word,
+    AREAS, FACTOR, HUGE, KERNEL, MOST_PROCESSES, OFFSET, PROCESS, PROCESSES, READABLE, WRITABLE,
+    op, process, word,
 };
 use super::system::{CR0_WP, MSR_MARK};
 
@@ -68,6 +69,7 @@ global_asm!(
     huge_free = const word::HUGE_FREE,
     huge_unused = const word::HUGE_NEXT,
     huge_limit = const word::HUGE_LIMIT,
+    readable = const READABLE,
     writable = const WRITABLE,
     huge = const HUGE,
     op_exit = const op::EXIT,

@@ -135,17 +135,16 @@ mini_vmm_os_start:
     mov [rbx], rax
     mov [rbx + 8], rax
     jmp .Los_done
-# Operation: area, whether it may be written.
+# Operation: area, what it permits from now on. What it gains comes when it is asked for.
 .Los_protect:
     call .Los_area
     mov r8, [rbx + 16]
     mov rbx, rax
     mov rcx, [rbx + 16]
-    and rcx, -3
+    and rcx, -7
     or rcx, r8
     mov [rbx + 16], rcx
-    test r8d, {writable}
-    jne .Los_done  # writes will ask
+    or r8, -7
     mov rdi, [rbx]
 2:  cmp rdi, [rbx + 8]
     jae .Los_done
@@ -153,10 +152,11 @@ mini_vmm_os_start:
     test rax, rax
     je 3f
     mov rdx, [rax]
-    test edx, {writable}
+    mov rcx, rdx
+    and rcx, r8
+    cmp rcx, rdx
     je 3f
-    and rdx, -3
-    mov [rax], rdx
+    mov [rax], rcx
     invlpg [rdi]
 3:  call .Los_next_page
     jmp 2b

@@ -8,7 +8,7 @@
 
 use mmu_model::Random;
 
-use super::layout::{HUGE, USER, WRITABLE, op};
+use super::layout::{HUGE, READABLE, USER, WRITABLE, op};
 use crate::machine::PAGE;
 
 /// Bytes of a large page, and of what a table of the lowest level maps.
@@ -16,13 +16,26 @@ pub const LARGE: u64 = 2 << 20;
 /// Bytes of an encoded operation.
 pub const ENCODED: u64 = 32;
 
-/// What an area permits besides reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What an area permits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Rights {
-    /// Nothing.
+    /// Nothing: its pages are kept.
+    Nothing,
+    /// Reads.
     Read,
-    /// Writes.
+    /// Reads and writes.
     Write,
+}
+
+impl Rights {
+    /// As flags of an area.
+    const fn flags(self) -> u64 {
+        match self {
+            Self::Nothing => 0,
+            Self::Read => READABLE,
+            Self::Write => READABLE | WRITABLE,
+        }
+    }
 }
 
 /// The pages of an area.
@@ -89,15 +102,14 @@ pub struct Script {
 impl Operation {
     /// As the guest reads it; process number n begins at `begin(n)`.
     pub fn encode(&self, begin: impl Fn(u64) -> u64) -> [u64; 4] {
-        let bit = |rights: Rights| if rights == Rights::Write { WRITABLE } else { 0 };
         match *self {
             Self::Exit => [op::EXIT, 0, 0, 0],
             Self::Map(number, area) => {
                 let size = if area.pages == Pages::Large { HUGE } else { 0 };
-                [op::MAP, number, area.start, area.end | bit(area.rights) | size]
+                [op::MAP, number, area.start, area.end | area.rights.flags() | size]
             }
             Self::Unmap(number) => [op::UNMAP, number, 0, 0],
-            Self::Protect(number, rights) => [op::PROTECT, number, bit(rights), 0],
+            Self::Protect(number, rights) => [op::PROTECT, number, rights.flags(), 0],
             Self::Fork(child, tag) => [op::FORK, child, begin(child), tag],
             Self::Write(words) => [op::WRITE, words.start, words.count, words.stride],
             Self::Read(words) => [op::READ, words.start, words.count, words.stride],
@@ -210,7 +222,11 @@ impl Draft {
                 Operation::Unmap(number)
             }
             1..4 => {
-                let rights = if area.rights == Rights::Read { Rights::Write } else { Rights::Read };
+                let rights = match (area.rights, random.below(3)) {
+                    (Rights::Nothing | Rights::Read, 0 | 1) => Rights::Write,
+                    (_, 0) => Rights::Nothing,
+                    _ => Rights::Read,
+                };
                 self.areas[number as usize] = Some(Area { rights, ..area });
                 Operation::Protect(number, rights)
             }

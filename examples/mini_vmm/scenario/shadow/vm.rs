@@ -29,6 +29,7 @@ use shadow_mmu::{
 };
 
 use super::decode::{Decoded, LONGEST, Unknown, decode, unknown};
+use super::disturb::{Disturbance, Disturbed};
 use super::execute::{Halt, execute};
 use super::image::Start;
 use super::memory::{Emulated, GuestMemory, NotReached};
@@ -38,7 +39,7 @@ use crate::machine::{CodeExit, CodeVcpu, Flush, Layout, Machine, PAGE};
 use crate::vmm::Error;
 
 /// The writer of the shadow tables, in its mutex.
-pub struct Lock(Mutex<ShadowWriter<Legacy, VmmHost>>);
+pub(super) struct Lock(Mutex<ShadowWriter<Legacy, VmmHost>>);
 
 impl WriterLock<Legacy, VmmHost> for Lock {
     fn with<R>(&self, work: impl FnOnce(&mut ShadowWriter<Legacy, VmmHost>) -> R) -> R {
@@ -73,6 +74,8 @@ pub struct Rules {
     pub policy: ReclaimPolicy,
     /// Throw flushes away, to show what they are for.
     pub forget_flushes: bool,
+    /// The host does what it likes meanwhile, by this seed.
+    pub disturb: Option<u64>,
 }
 
 /// A moment of the run.
@@ -110,6 +113,7 @@ pub struct ShadowVm {
     role: PageRole,
     /// Linear pages that the machine itself needs mapped.
     pinned: Vec<u64>,
+    disturbance: Option<Disturbance>,
     /// What happened.
     pub counts: Counts,
     _slots: SlotWriter,
@@ -136,12 +140,15 @@ impl ShadowVm {
         drop(actor);
         let (mmu, mut writer) = ShadowMmu::create(vm, config, rules.quota);
         writer.set_policy(rules.policy);
+        let pages = layout.data.end - layout.data.start;
+        let disturbance = rules.disturb.map(|seed| Disturbance::begin(&mmu, seed, pages));
         let system = System::new(start.cr3);
         let (walker, role) = mode(&system)?;
         *cpu.registers() = start.registers;
         let pinned = machine.pinned().into_iter().flat_map(|(linear, _, n)| linear..linear + n);
         Ok(Self {
             pinned: pinned.collect(),
+            disturbance: disturbance.transpose()?,
             memory: GuestMemory::new(machine.memory(), &layout.data),
             machine,
             cpu,
@@ -169,6 +176,9 @@ impl ShadowVm {
                 CodeExit::Invalid => return Err(self.invalid()?.into()),
             };
             self.apply(effect)?;
+            if let Some(disturbance) = &mut self.disturbance {
+                disturbance.act(&self.lock);
+            }
             let mark = if let Effect::Mark(mark) = effect { Some(mark) } else { None };
             let large = self.vcpu.actor().vm().stats().get(Counter::Pages2M);
             let (tables, stats) = self.lock.with(|writer| (writer.live_pages(), *writer.stats()));
@@ -385,12 +395,14 @@ impl ShadowVm {
 
     /// Take everything down.
     pub fn finish(mut self) -> Result<Remains, Error> {
+        let disturbed = self.disturbance.take().map(Disturbance::end).transpose()?;
         let vm = Arc::clone(self.lock.with(|writer| Arc::clone(writer.mmu())).vm());
         let mut actor = vm.actor()?;
         let flaw = self.lock.with(|writer| writer.check(&mut actor)).err();
         self.vcpu.drop_roots(&self.lock);
         let tables = self.lock.with(|writer| {
             let _ = writer.shrink(&mut actor, u32::MAX);
+            while writer.zap_obsolete(&mut actor) {}
             writer.live_pages()
         });
         let Self { lock, vcpu, .. } = self;
@@ -401,6 +413,7 @@ impl ShadowVm {
         let count = |counter| stats.get(counter);
         Ok(Remains {
             flaw: flaw.map(|flaw| flaw.to_string()),
+            disturbed: disturbed.unwrap_or_default(),
             tables,
             frames: vm.pool().frames_in_use(),
             leaves: [Counter::Pages4K, Counter::Pages2M].map(count).iter().sum(),
@@ -413,6 +426,8 @@ impl ShadowVm {
 pub struct Remains {
     /// What did not agree while it was there.
     pub flaw: Option<String>,
+    /// What the host did meanwhile.
+    pub disturbed: Disturbed,
     /// Shadow pages.
     pub tables: u32,
     /// Table frames.
