@@ -2,6 +2,7 @@
 //! takes for granted. Where /dev/kvm does not open each test says so, loudly, and passes.
 
 #[path = "../examples/mini_vmm/kvm/mod.rs"]
+#[allow(dead_code, reason = "vCPUs for machine code have a test of their own")]
 mod kvm;
 #[path = "../examples/mini_vmm/machine.rs"]
 #[allow(dead_code, reason = "the tests look at memory by a way of their own")]

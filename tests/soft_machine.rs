@@ -5,6 +5,7 @@
 #[allow(dead_code, reason = "no flush by physical pages, memory looked at by a way of its own")]
 mod machine;
 #[path = "../examples/mini_vmm/soft/mod.rs"]
+#[allow(dead_code, reason = "its caches for other CPUs are used elsewhere")]
 mod soft;
 
 use std::cell::Cell;

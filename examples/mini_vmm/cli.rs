@@ -71,6 +71,17 @@ impl Trial {
     }
 }
 
+/// Which shadow pages go first when there are too many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PolicyChoice {
+    /// Those made first.
+    Fifo,
+    /// Those whose accessed bits are clear.
+    Accessed,
+    /// One after the other, compared.
+    Both,
+}
+
 /// What the user asked for.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -141,6 +152,10 @@ pub struct Options {
     pub image: Option<PathBuf>,
     /// Its suites, separated by commas; `None`: all.
     pub suite: Option<String>,
+    /// Shadow pages that there may be.
+    pub quota: u32,
+    /// Which of them go first.
+    pub policy: PolicyChoice,
 }
 
 impl Options {
@@ -180,6 +195,8 @@ impl Options {
             trial: Trial::default(),
             image: None,
             suite: None,
+            quota: 64,
+            policy: PolicyChoice::Both,
         }
     }
 }
@@ -199,6 +216,8 @@ scenarios
     migrate            a running VM moves into another process, or within this one
     tiering            cold memory of a running guest goes to a file, and comes back when used
     nested             the test hypervisor as a guest, where /dev/kvm lends SVM or VMX
+    shadow             a guest operating system at CPL 3 on shadow tables, and the same on TDP
+                       tables; which tables go under a quota
 
 options
     -v, --vcpus N      number of vCPUs (2)
@@ -222,7 +241,8 @@ options
     --slots N          memory slots (1)
     -e                 dirty-log: vCPUs run on while logging is disabled
     --disturb          dirty-log: unmap, age and drop roots while vCPUs write and pages are
-                       harvested; tiering: take any pages away, hot ones too
+                       harvested; tiering: take any pages away, hot ones too; shadow:
+                       take pages and tables away, and age
     --hot N            tiering: share of the pages that is hot, in percent (25)
     --interval N       tiering: milliseconds between two aging passes (250)
     --slow FOLDER      tiering: where the file with the cold pages is (the temporary folder)
@@ -234,6 +254,8 @@ options
     --timeout N        migrate: seconds that a peer may take for a frame (10)
     --image FILE       nested: the test hypervisor (target/hypervisor/release/test-hypervisor)
     --suite NAME,...   nested: these suites only
+    --quota N          shadow: shadow tables that there may be (64)
+    --policy fifo|accessed|both   shadow: which of them go first (both, compared)
     --seed N           seed of what is random
     --json FILE        write checks, counters and metrics as one JSON object
     --plot FILE        draw what was measured, as SVG
@@ -244,7 +266,7 @@ exit status
 ";
 
 /// Scenarios whose names are reserved and that have not landed.
-pub const NOT_YET: [&str; 2] = ["passthrough", "shadow"];
+pub const NOT_YET: [&str; 1] = ["passthrough"];
 
 /// Parse the arguments.
 pub fn parse() -> Result<Options, String> {
@@ -287,6 +309,15 @@ pub fn parse() -> Result<Options, String> {
             Long("slow") => options.slow = Some(text(&mut parser)?.into()),
             Long("image") => options.image = Some(text(&mut parser)?.into()),
             Long("suite") => options.suite = Some(text(&mut parser)?),
+            Long("quota") => options.quota = number(&text(&mut parser)?, 32, 1 << 10)? as u32,
+            Long("policy") => {
+                let policies = [
+                    ("fifo", PolicyChoice::Fifo),
+                    ("accessed", PolicyChoice::Accessed),
+                    ("both", PolicyChoice::Both),
+                ];
+                options.policy = one_of("--policy", &text(&mut parser)?, &policies)?;
+            }
             Long("listen") => options.listen = Some(text(&mut parser)?),
             Long("to") => options.to = Some(text(&mut parser)?),
             Long("mode") => {

@@ -178,6 +178,18 @@ pub trait Pager: Send + Sync {
     fn bring_in(&self, page: u64) -> Result<(), super::vmm::Error>;
 }
 
+/// What the linear pages of the machine's guest are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Linear {
+    /// The gfns of the MMU under test.
+    Gfns,
+    /// The guest's own business: its tables are shadowed.
+    Shadowed,
+}
+
+/// Any linear page.
+const ALL_LINEAR: Range<u64> = 0..1 << 52;
+
 /// The embedder.
 pub struct VmmHost {
     machine: Arc<dyn Machine>,
@@ -190,6 +202,7 @@ pub struct VmmHost {
     level: Level,
     /// Tests of the tests: flushes are thrown away.
     forget_flushes: bool,
+    linear: Linear,
     /// Once there is one; else all pages are in memory.
     pager: OnceLock<Arc<dyn Pager>>,
 }
@@ -220,7 +233,15 @@ impl VmmHost {
         let base = memory.base as u64;
         let layout = layout.clone();
         let pager = OnceLock::new();
-        Ok(Self { machine, arena, layout, gates, base, level, forget_flushes, pager })
+        let linear = Linear::Gfns;
+        Ok(Self { machine, arena, layout, gates, base, level, forget_flushes, linear, pager })
+    }
+
+    /// The same for a guest with tables of its own, which are shadowed: a flush of a gfn is one of
+    /// whatever leads there.
+    pub fn shadowed(mut self) -> Self {
+        self.linear = Linear::Shadowed;
+        self
     }
 
     /// From now on `pager` says which pages are in memory. True if it is the first to do so.
@@ -251,6 +272,25 @@ impl VmmHost {
         let end = first.saturating_add(pages).min(self.layout.data.end);
         (first < end).then_some(first..end)
     }
+
+    /// What a flush of `batch` is to a machine whose guest has tables of its own.
+    fn shadowed_ticket(&self, batch: &FlushBatch<'_>, tables: Vec<u64>) -> Ticket {
+        // A link that was changed leads anywhere, and a host that shadows our tables in turn must
+        // forget them all before the place is linked again.
+        let links = batch.ranges.contains(&GfnRange::ALL);
+        let stub = &self.layout.stub;
+        let pfns = |range: &GfnRange| {
+            let pinned = range.start.get()..range.end.get().min(stub.end);
+            [Some(pinned).filter(|pages| !pages.is_empty()), self.data_pages(*range)]
+        };
+        Ticket {
+            reload: batch.scope == FlushScope::Reload,
+            everything: links || !tables.is_empty(),
+            gfns: vec![ALL_LINEAR],
+            pfns: batch.ranges.iter().flat_map(pfns).flatten().collect(),
+            tables,
+        }
+    }
 }
 
 /// First gfn of guest data: 4 GiB.
@@ -279,6 +319,7 @@ unsafe impl PhysMap for VmmHost {
 /// work is there.
 pub struct Ticket {
     reload: bool,
+    everything: bool,
     gfns: Vec<Range<u64>>,
     pfns: Vec<Range<u64>>,
     tables: Vec<u64>,
@@ -293,22 +334,25 @@ impl TlbFlush for VmmHost {
             // Start them on their way; `wait` makes sure.
             self.machine.kick_all();
         }
-        let gfns = batch.ranges.iter().map(|r| r.start.get()..r.end.get()).collect();
-        let pfns = batch.ranges.iter().filter_map(|range| self.data_pages(*range)).collect();
         let mut tables = Vec::new();
         batch.for_each_table(|frame| tables.push(frame.get()));
-        Ticket { reload, gfns, pfns, tables }
+        if self.linear == Linear::Shadowed {
+            return self.shadowed_ticket(batch, tables);
+        }
+        let gfns = batch.ranges.iter().map(|r| r.start.get()..r.end.get()).collect();
+        let pfns = batch.ranges.iter().filter_map(|range| self.data_pages(*range)).collect();
+        Ticket { reload, everything: reload, gfns, pfns, tables }
     }
 
     fn wait(&self, ticket: Ticket) {
         if self.forget_flushes {
             return;
         }
-        let Ticket { reload, gfns, pfns, tables } = ticket;
+        let Ticket { reload, everything, gfns, pfns, tables } = ticket;
         if reload {
             self.gates.wait_out(|| self.machine.kick_all());
         }
-        let flush = Flush { gfns: &gfns, pfns: &pfns, tables: &tables, everything: reload };
+        let flush = Flush { gfns: &gfns, pfns: &pfns, tables: &tables, everything };
         if let Err(error) = self.machine.flush(&flush) {
             // Going on with stale translations would corrupt the guest silently.
             panic!("the machine could not flush: {error}");

@@ -60,6 +60,14 @@ impl Memory {
         // ORDERING[guest-data]: Release. Pairs with the loads of guests and of `load`.
         self.word(at).store(value, Ordering::Release);
     }
+
+    /// Replace the word at physical address `at`, aligned and in bounds, if it is `old`; was it?
+    pub fn exchange(&self, at: u64, old: u64, new: u64) -> bool {
+        // ORDERING[guest-data]: AcqRel, and Acquire where it fails. A read and a store of the
+        // guest's memory, as above.
+        let (done, lost) = (Ordering::AcqRel, Ordering::Acquire);
+        self.word(at).compare_exchange(old, new, done, lost).is_ok()
+    }
 }
 
 /// The host memory that a machine's memory is made of: a file without a name, to be mapped.
@@ -297,6 +305,54 @@ pub trait Vcpu: Send {
 
     /// Run until something happens.
     fn run(&mut self) -> Result<Exit, MachineError>;
+}
+
+/// The registers of a vCPU that runs machine code.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Registers {
+    /// By their numbers in instructions: rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8 to r15.
+    pub general: [u64; 16],
+    /// The next instruction.
+    pub rip: u64,
+    /// Flags.
+    pub rflags: u64,
+}
+
+/// Number of rsp among the general registers.
+pub const RSP: usize = 4;
+
+/// Why a vCPU that runs machine code stopped. The instruction at rip has done nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CodeExit {
+    /// A page fault.
+    Fault {
+        /// Faulting linear address (CR2).
+        gva: u64,
+        /// The #PF error code.
+        error: u32,
+    },
+    /// A general protection fault: the instruction is not for CPL 3.
+    Protection,
+    /// The processor does not know the instruction.
+    Invalid,
+}
+
+/// A virtual CPU that runs any machine code at CPL 3. It leaves its guest at each exception; what
+/// becomes of that is for the VMM to say, in [`registers`](Self::registers) and memory.
+pub trait CodeVcpu: Send {
+    /// The registers, between two runs.
+    fn registers(&mut self) -> &mut Registers;
+
+    /// Use the tables rooted at page `root` from the next `run` on. Flushes this vCPU's TLB.
+    fn set_root(&mut self, root: u64) -> Result<(), MachineError>;
+
+    /// Run until an exception.
+    fn run(&mut self) -> Result<CodeExit, MachineError>;
+
+    /// Instructions executed so far, where somebody counts.
+    fn instructions(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// What a flush must forget.

@@ -2,6 +2,8 @@
 //!
 //! The guest is a program at CPL 3; its linear pages are the guest frames that `tdp-mmu` maps. On
 //! /dev/kvm the real CPU walks the tables; without it a software CPU with a TLB of its own does.
+//! In the scenario `shadow` it is an operating system with tables of its own, which `shadow-mmu`
+//! follows.
 //! Run `--help` for the commands.
 //!
 //! Reading order: `machine` (what a machine offers), `host` (the VMM as embedder of the crates),

@@ -6,6 +6,7 @@
 //! | `memory` | the memfd, its two mappings, the ranged flush |
 //! | `stub` | descriptor tables, handlers, the guest program |
 //! | `vcpu` | registers and exits |
+//! | `trap`, `code` | a vCPU for machine code: every exception leaves, registers in memory |
 //! | `door` | who is inside KVM_RUN, kicks, closed doors |
 //! | `flush` | which flush this host needs, the structural flush |
 //!
@@ -14,6 +15,7 @@
 //! registers and the error code from the handler's stack; the next `run` finishes the handler, and
 //! the guest tries the access again with all its registers as they were.
 
+mod code;
 pub(crate) mod door;
 mod flush;
 pub(crate) mod memory;
@@ -21,6 +23,7 @@ pub(crate) mod memory;
 #[path = "../../../tests/common/skip.rs"]
 pub(crate) mod skip;
 mod stub;
+mod trap;
 mod vcpu;
 
 use std::ops::Range;

@@ -324,6 +324,17 @@ fn gate(offset: u64) -> [u64; 2] {
     [low, offset >> 32]
 }
 
+/// Bytes of the code.
+pub(super) fn code_bytes() -> u64 {
+    code().len() as u64
+}
+
+/// Makes `handler` that of exception `vector`. Before any vCPU runs.
+pub(super) fn set_handler(memory: &GuestMemory, vector: u8, handler: u64) {
+    let bytes = gate(handler).map(u64::to_le_bytes).concat();
+    memory.store_bytes(IDT + u64::from(vector) * 16, &bytes);
+}
+
 /// Fills the stub pages.
 pub(super) fn install(memory: &GuestMemory, vcpus: u32) -> Result<(), MachineError> {
     let code = code();

@@ -13,7 +13,7 @@ use x86::bits64::rflags::RFlags;
 use x86::controlregs::{Cr0, Cr4};
 use x86::irq::{EXCEPTIONS, PAGE_FAULT_VECTOR, PageFaultError};
 
-use super::super::machine::{Command, Exit, MachineError, PAGE, Report, Vcpu};
+use super::super::machine::{Command, Exit, MachineError, PAGE, Registers, Report, Vcpu};
 use super::door::{self, Door, Enter, Leave, Return};
 use super::flush::HostPaging;
 use super::stub::{self, PORT_DONE, PORT_EXCEPTION, Segment};
@@ -37,9 +37,12 @@ pub(super) struct KvmVcpu {
 }
 
 /// What KVM_RUN said, with nothing borrowed.
-enum Outcome {
+pub(super) enum Outcome {
+    /// An `out` to this port.
     Port(u16),
+    /// It was interrupted.
     Interrupted,
+    /// In words.
     Other(String),
 }
 
@@ -114,6 +117,51 @@ impl KvmVcpu {
         }
     }
 
+    /// One KVM_RUN, when the door lets us; for who takes no notice of kicks.
+    pub(super) fn run_once(&mut self) -> Result<Outcome, MachineError> {
+        self.unblock()?;
+        if self.door()?.enter() == Enter::Kicked {
+            return Ok(Outcome::Interrupted);
+        }
+        let outcome = self.enter_guest();
+        let how = match outcome {
+            Outcome::Interrupted => Return::Interrupted,
+            Outcome::Port(_) | Outcome::Other(_) => Return::Exit,
+        };
+        let _ = self.door()?.leave(how);
+        Ok(outcome)
+    }
+
+    /// Begin with these registers, at CPL 3; it has not run.
+    pub(super) fn begin_with(&mut self, registers: &Registers) {
+        let [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15] =
+            registers.general;
+        let (rip, rflags) = (registers.rip, registers.rflags | RFlags::FLAGS_A1.bits());
+        let regs = &mut self.fd.sync_regs_mut().regs;
+        (regs.rax, regs.rcx, regs.rdx, regs.rbx) = (rax, rcx, rdx, rbx);
+        (regs.rsp, regs.rbp, regs.rsi, regs.rdi) = (rsp, rbp, rsi, rdi);
+        (regs.r8, regs.r9, regs.r10, regs.r11) = (r8, r9, r10, r11);
+        (regs.r12, regs.r13, regs.r14, regs.r15) = (r12, r13, r14, r15);
+        (regs.rip, regs.rflags) = (rip, rflags);
+        self.fd.set_sync_dirty_reg(SyncReg::Register);
+    }
+
+    /// Where the last page fault was, and the stack pointer.
+    pub(super) fn cr2_and_rsp(&mut self) -> (u64, u64) {
+        let state = self.fd.sync_regs_mut();
+        (state.sregs.cr2, state.regs.rsp)
+    }
+
+    /// A new thread may have our signal blocked.
+    fn unblock(&mut self) -> Result<(), MachineError> {
+        let thread = thread::current().id();
+        if self.thread != Some(thread) {
+            door::unblock_signal()?;
+            self.thread = Some(thread);
+        }
+        Ok(())
+    }
+
     /// The meaning of an `out`.
     fn port_exit(&mut self, port: u16) -> Result<Exit, MachineError> {
         let state = self.fd.sync_regs_mut();
@@ -146,7 +194,7 @@ impl KvmVcpu {
         Err(self.unexpected(&format!("exception {vector} ({name})")))
     }
 
-    fn unexpected(&mut self, what: &str) -> MachineError {
+    pub(super) fn unexpected(&mut self, what: &str) -> MachineError {
         let state = self.fd.sync_regs_mut();
         let (regs, sregs) = (&state.regs, &state.sregs);
         let mut detail = format!(
@@ -218,11 +266,7 @@ impl Vcpu for KvmVcpu {
                 detail: format!("vCPU {}: run without a command and a root", self.id),
             });
         }
-        let thread = thread::current().id();
-        if self.thread != Some(thread) {
-            door::unblock_signal()?;
-            self.thread = Some(thread);
-        }
+        self.unblock()?;
         loop {
             if self.door()?.enter() == Enter::Kicked {
                 return Ok(Exit::Kicked);

@@ -5,6 +5,7 @@ mod demand_paging;
 mod dirty_log;
 mod migration;
 mod nested;
+pub mod shadow;
 mod stress;
 mod tiering;
 
@@ -27,13 +28,23 @@ use super::workload::Workload;
 const RING_BYTES: u64 = 16 << 10;
 
 /// Scenarios in the order of the tour.
-pub const NAMES: [&str; 7] =
-    ["demand-paging", "access-tracking", "stress", "dirty-log", "migrate", "tiering", "nested"];
+pub const NAMES: [&str; 8] = [
+    "demand-paging",
+    "access-tracking",
+    "stress",
+    "dirty-log",
+    "migrate",
+    "tiering",
+    "shadow",
+    "nested",
+];
 
 /// Run one scenario.
 pub fn run(name: &str, options: &Options) -> Result<Report, Error> {
-    if name == "nested" {
-        return nested::run(options);
+    match name {
+        "nested" => return nested::run(options),
+        "shadow" => return shadow::run(options),
+        _ => {}
     }
     match options.format {
         FormatChoice::Legacy => run_as::<Legacy>(name, options, Capabilities::legacy()),

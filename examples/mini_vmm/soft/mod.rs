@@ -184,6 +184,21 @@ impl SoftMachine {
     pub fn log_dirtied(&self) {
         self.shared.cores.iter().for_each(|core| core.lock().log_dirtied());
     }
+
+    /// Use the caches of vCPU `id`, which has no other owner, to access memory: no flush comes in
+    /// between.
+    pub fn with_cpu<R>(
+        &self,
+        id: u32,
+        work: impl FnOnce(&mut SoftCpu, &MappedMem) -> R,
+    ) -> Result<R, MachineError> {
+        let index = usize::try_from(id).ok();
+        let core = index.and_then(|index| self.shared.cores.get(index));
+        let core = core.ok_or_else(|| MachineError::Unsupported {
+            detail: format!("vCPU {id}: there are {}", self.shared.cores.len()),
+        })?;
+        Ok(work(&mut core.lock(), &self.shared.mem))
+    }
 }
 
 impl Machine for SoftMachine {
