@@ -20,7 +20,7 @@ use mmu_model::{Access, AccessKind};
 use shadow_mmu::guest::{EptCpu, NestedRequest, NestedWalker, Purpose};
 use shadow_mmu::{ReclaimPolicy, RmapHistogram};
 use shadow_support::memory::Memory;
-use shadow_support::rig::{Rig, operation};
+use shadow_support::rig::{self, Rig, operation};
 use vm_support::{BACK, End, LARGE, Machine, PAGES, READ, USED, leaf, link};
 
 fn reached(machine: &Machine, gfn: u64) -> End {
@@ -123,7 +123,15 @@ fn many_tables() -> (Rig<Ept>, Memory, NestedWalker) {
         Some(HostPage { pfn, writable: true, level: Level::L1 })
     };
     let caps = Capabilities::ept();
-    let mut rig = Rig::<Ept>::new(1, caps, 1000, ReclaimPolicy::Fifo, PAGES, backing);
+    let mut rig = Rig::<Ept>::new(
+        rig::Machine::default(),
+        1,
+        caps,
+        1000,
+        ReclaimPolicy::Fifo,
+        PAGES,
+        backing,
+    );
     let memory = Memory::new(PAGES, 4 + MANY);
     for table in 1..3 {
         memory.set(table << 12, 8, (table + 1) << 12 | EPT);

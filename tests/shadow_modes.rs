@@ -279,6 +279,9 @@ fn a_walk_from_another_root_is_walked_again() {
         let outcome = world.guest.fault(&mut world.rig, &world.memory, &walk);
         assert_eq!(outcome, Ok(FaultOutcome::Retry), "{mode:?} on {levels} levels");
         world.check();
+        world.finish();
+    }
+}
 
 /// What an ager was told, page by page.
 #[derive(Debug, Default, PartialEq, Eq)]

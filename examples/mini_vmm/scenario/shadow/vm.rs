@@ -218,7 +218,7 @@ impl ShadowVm {
     /// Before the guest is entered: a root that is good, and what the machine needs is mapped.
     fn prepare(&mut self) -> Result<(), Error> {
         for _ in 0..TURNS {
-            if !self.vcpu.root_is_current(&self.lock) {
+            if !self.vcpu.root_is_current() {
                 self.load_root()?;
             }
             if self.map_pinned()? {

@@ -62,18 +62,16 @@ impl<V: Virt, F: SpteFormat> Seat<V, F> {
                 self.machine.set_root(Root { frame, levels, accessed_dirty });
                 self.loaded = true;
             }
-            match gates.enter(self.id) {
-                Some(LocalFlush::All) => {
-                    gates.leave(self.id);
-                    self.machine.flush(LocalFlush::All);
-                    self.loaded = self.shadow.root_is_current(&vm.writer);
-                    continue;
-                }
-                stale => stale.into_iter().for_each(|what| self.machine.flush(what)),
+            // The announcement first, then the question: `ShadowVcpu::root_is_current` says why.
+            let stale = gates.enter(self.id);
+            stale.into_iter().for_each(|what| self.machine.flush(what));
+            if self.shadow.root_is_current() {
+                let exit = self.machine.run();
+                gates.leave(self.id);
+                return Ok(exit);
             }
-            let exit = self.machine.run();
             gates.leave(self.id);
-            return Ok(exit);
+            self.loaded = false;
         }
     }
 }
