@@ -268,4 +268,28 @@ mod tests {
         assert!(!retry(&mut vcpu, all.snapshot(), 20));
         assert_eq!(all.when_idle(|| 7), 7);
     }
+
+    /// A fault that made invalidations of its own goes on; anybody else's makes it retry.
+    #[test]
+    fn only_ones_own_invalidations_are_left_out() {
+        let domain = EpochDomain::new(2, crate::sync::relax).expect("in range");
+        let all = Invalidations::new(Arc::clone(&domain), u64::MAX);
+        let lock = MmuLock::new(Arc::clone(&domain));
+        let mut vcpu = domain.register().expect("room");
+        let mut host = domain.register().expect("room");
+        let before = all.snapshot();
+        let retry = |vcpu: &mut Participant, own, gfn| {
+            all.must_retry(&lock.shared(vcpu), before.after_own(own), range(gfn, gfn + 1))
+        };
+        drop(all.begin(&mut vcpu, range(4, 6)));
+        drop(all.begin(&mut vcpu, range(9, 10)));
+        assert!(!retry(&mut vcpu, 2, 5), "they took back nothing that it has");
+        assert!(retry(&mut vcpu, 1, 5) && retry(&mut vcpu, 0, 5) && retry(&mut vcpu, 3, 5));
+        let other = all.begin(&mut host, range(4, 6));
+        assert!(retry(&mut vcpu, 2, 5), "in progress");
+        assert!(!retry(&mut vcpu, 2, 7), "elsewhere");
+        drop(other);
+        assert!(retry(&mut vcpu, 2, 5) && retry(&mut vcpu, 2, 7), "over");
+        assert!(!retry(&mut vcpu, 3, 5), "which only a liar would claim");
+    }
 }

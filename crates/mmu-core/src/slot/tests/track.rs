@@ -132,3 +132,29 @@ fn trackers_on_all_threads_leave_nothing_behind() {
         assert!(track.is_used() && !track.is_tracked(gfn) && track.allows(Level::L3, gfn));
     }
 }
+
+/// Row 6.14: a page that is blocked counts for huge pages and for nothing else, beside counts.
+#[test]
+fn blocked_pages_keep_huge_pages_away_and_are_not_tracked() {
+    let (block, huge) = (Level::L2.pages(), Level::L3.pages());
+    let track = PageTrack::new(&slot(0, 0, 5, 2 * huge));
+    let (page, near) = (Gfn::new(huge + 7), Gfn::new(huge + 7 + block));
+    assert!(track.block(Gfn::new(4)).is_err(), "outside");
+    assert!(!track.is_used());
+    track.block(page).unwrap();
+    track.block(page).unwrap();
+    assert_eq!((track.count(page), track.is_tracked(page)), (0, false));
+    assert_eq!(track.untrack(page), Err(TrackError::NotTracked { gfn: page }));
+    assert_eq!(track.max_level(page, Level::L3), Level::L1);
+    assert_eq!(track.max_level(near, Level::L3), Level::L2);
+    assert_eq!(track.max_level(Gfn::new(7), Level::L3), Level::L3, "another 1 GiB");
+    // Counts come and go beside it.
+    assert_eq!(track.track(page), Ok(true));
+    track.unblock(page);
+    track.unblock(page);
+    assert_eq!(track.max_level(page, Level::L3), Level::L1, "it is tracked");
+    assert_eq!(track.untrack(page), Ok(true));
+    assert_eq!(track.max_level(page, Level::L3), Level::L3);
+    track.unblock(Gfn::new(4));
+    assert_eq!(track.max_level(near, Level::L3), Level::L3);
+}
