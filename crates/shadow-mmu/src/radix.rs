@@ -129,19 +129,20 @@ impl<T: Default> Radix<T> {
 
     /// Bytes of all nodes, for statistics: walks them.
     pub(crate) fn bytes(&self) -> u64 {
-        let mut bytes = 0;
-        // Nodes that wait for their turn; at most one node's children a level are added at a time.
-        let mut open: Vec<&Node<T>> = self.root.get().into_iter().collect();
-        while let Some(node) = open.pop() {
-            match node {
-                Node::Leaf(elements) => bytes += size_of_val::<[T]>(elements),
-                Node::Inner(places) => {
-                    bytes += size_of_val::<[SetOnce<Node<T>>]>(places);
-                    open.extend(places.iter().filter_map(SetOnce::get));
-                }
+        self.root.get().map_or(0, Node::bytes)
+    }
+}
+
+impl<T> Node<T> {
+    /// With those below, a few levels of them.
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Leaf(elements) => to_u64(size_of_val::<[T]>(elements)),
+            Self::Inner(places) => {
+                let below: u64 = places.iter().filter_map(SetOnce::get).map(Self::bytes).sum();
+                to_u64(size_of_val::<[SetOnce<Self>]>(places)) + below
             }
         }
-        to_u64(bytes)
     }
 }
 

@@ -12,7 +12,7 @@
 //! in the entry, exactly once; no table was looked at after its frame had gone back; books and
 //! tables agree; teardown leaves nothing.
 #![cfg(loom)]
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test stops when surprised")]
+#![expect(clippy::unwrap_used, reason = "a test stops when surprised")]
 
 use core::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
