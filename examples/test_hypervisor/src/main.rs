@@ -12,6 +12,7 @@
 //! | `machine/` | the machine below: serial line, APIC, memory, heap |
 //! | `virt/` | what a virtualization extension is; `svm/` and `vmx/` are the two |
 //! | `host.rs`, `vcpu.rs` | the embedder's side of the crates |
+//! | `shadow/` | the same for shadow paging, and for another hypervisor's guests |
 //! | `guest/` | memory layout and programs of the guests |
 //! | `suite/` | the checks |
 //!

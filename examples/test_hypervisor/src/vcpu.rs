@@ -11,7 +11,6 @@ use mmu_core::fault::FaultOutcome;
 use tdp_mmu::{TdpMmu, TdpVcpu};
 
 use crate::host::BareHost;
-use crate::runner::{Progress, Runner};
 use crate::trouble::Trouble;
 use crate::virt::{Exit, GuestState, HardwareLog, NestedFault, Root, Vcpu, VcpuSetup, Virt};
 
@@ -102,27 +101,5 @@ impl<V: Virt> BareVcpu<V> {
         };
         self.faults[count] += 1;
         Ok(None)
-    }
-}
-
-impl<V: Virt> Runner for BareVcpu<V> {
-    fn registers(&mut self) -> &mut GuestState {
-        self.machine.state()
-    }
-
-    fn proceed(&mut self) -> Result<Progress, Trouble> {
-        Ok(match self.enter()? {
-            Exit::Nested(fault) => match self.handle(&fault)? {
-                None => Progress::On,
-                Some(outcome) => Progress::Refused(outcome, Trouble::Outcome(fault, outcome)),
-            },
-            Exit::LogFull => Progress::On,
-            Exit::Interrupt => Progress::Interrupted,
-            exit => Progress::Stopped(exit),
-        })
-    }
-
-    fn faults(&self) -> [u64; 3] {
-        self.faults
     }
 }

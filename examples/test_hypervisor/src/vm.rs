@@ -17,7 +17,7 @@ use crate::host::{BareHost, MAX_VCPUS};
 use crate::lab::Lab;
 use crate::machine::lock::Lock;
 use crate::machine::memory::{Memory, PAGE};
-use crate::runner::Runner;
+use crate::runner::{Progress, Runner};
 use crate::trouble::Trouble;
 use crate::vcpu::{BareVcpu, Mmu};
 use crate::virt::{Exit, GuestState, HardwareLog, Mode, VcpuSetup, Virt};
@@ -233,6 +233,28 @@ pub const fn data_gfn(page: u64) -> Gfn {
 /// Guest address of page `page` of the data.
 pub const fn data_at(page: u64) -> u64 {
     DATA + page * PAGE
+}
+
+impl<V: Virt> Runner for BareVcpu<V> {
+    fn registers(&mut self) -> &mut GuestState {
+        self.state()
+    }
+
+    fn proceed(&mut self) -> Result<Progress, Trouble> {
+        Ok(match self.enter()? {
+            Exit::Nested(fault) => match self.handle(&fault)? {
+                None => Progress::On,
+                Some(outcome) => Progress::Refused(outcome, Trouble::Outcome(fault, outcome)),
+            },
+            Exit::LogFull => Progress::On,
+            Exit::Interrupt => Progress::Interrupted,
+            exit => Progress::Stopped(exit),
+        })
+    }
+
+    fn faults(&self) -> [u64; 3] {
+        self.faults
+    }
 }
 
 impl<V: Virt> BareVcpu<V> {

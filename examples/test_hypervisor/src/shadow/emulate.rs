@@ -15,7 +15,7 @@ pub struct Store {
 /// REX.W, with the bits that extend register numbers free.
 const REX_W: u8 = 0x48;
 const REX_R: u8 = 1 << 2;
-const REX_X: u8 = 1 << 1;
+const REX_B: u8 = 1 << 0;
 /// MOV r/m64, r64.
 const MOV: u8 = 0x89;
 
@@ -23,7 +23,7 @@ impl Store {
     /// The instruction that `bytes` begin with, if it is one.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let [rex, MOV, operands, ..] = *bytes else { return None };
-        if rex & !(REX_R | 1) != REX_W || rex & REX_X != 0 {
+        if rex & !(REX_R | REX_B) != REX_W {
             return None;
         }
         // Mode 0: an address in a register. RSP's and RBP's numbers mean other forms.

@@ -7,9 +7,10 @@
 //! writer's, by way of the MMU.
 
 use alloc::sync::Arc;
+use core::sync::atomic::Ordering;
 
 use mmu_core::access::PfErrorCode;
-use mmu_core::addr::{Gpa, Gva};
+use mmu_core::addr::{Gfn, Gpa, Gva};
 use mmu_core::fault::FaultOutcome;
 use mmu_core::spte::Legacy;
 use shadow_mmu::guest::{GuestCpu, GuestFault, WalkError};
@@ -182,7 +183,7 @@ impl<V: Virt> ShadowCpu<V> {
             self.retry.forget();
             return Ok(());
         }
-        let gfn = mmu_core::addr::Gfn::containing(gpa);
+        let gfn = Gfn::containing(gpa);
         let retry = &mut self.retry;
         let next = vm.writer.with(|writer| retry.cannot_emulate(writer, shadow.actor(), rip, gfn));
         self.counts.given_up += 1;
@@ -200,9 +201,7 @@ impl<V: Virt> ShadowCpu<V> {
         for (at, byte) in (state.rip..).zip(&mut bytes) {
             let place = paging.walker.gva_to_gpa(&**ram, &paging.root, Gva::new(at), request);
             let gpa = place.map_err(Trouble::Walk)?.get();
-            let word = ram
-                .word(gpa & !7)
-                .map_or(0, |word| word.load(core::sync::atomic::Ordering::Acquire));
+            let word = ram.word(gpa & !7).map_or(0, |word| word.load(Ordering::Acquire));
             *byte = word.to_le_bytes()[(gpa % 8) as usize];
         }
         Ok((state.rip, bytes))

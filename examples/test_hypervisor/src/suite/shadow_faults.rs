@@ -8,7 +8,6 @@
 
 use alloc::collections::BTreeSet;
 use alloc::sync::Arc;
-
 use core::sync::atomic::Ordering;
 
 use arrayvec::ArrayVec;

@@ -16,14 +16,16 @@ use crate::guest::program::{DONE, Program};
 use crate::guest::system::NX;
 use crate::lab::Lab;
 use crate::machine::memory::PAGE;
-use crate::runner::Runner;
+use crate::runner::{Progress, Runner};
 use crate::shadow::l1::L1;
 use crate::shadow::nested::NestedCpu;
 use crate::suite::faults::{RET, deviations};
 use crate::suite::shadow_tables::token;
 use crate::trouble::Trouble;
 use crate::virt::state::gpr::RAX;
-use crate::virt::{Exit, LocalFlush, NestedFault, RawFault, Root, Vcpu, VcpuSetup, Virt};
+use crate::virt::{
+    Exit, GuestState, LocalFlush, NestedFault, RawFault, Root, Vcpu, VcpuSetup, Virt,
+};
 use crate::vm::{Task, data_at};
 
 /// The page that is accessed.
@@ -118,9 +120,7 @@ fn permissions_of<V: Virt>(lab: &mut Lab<V>, l1: L1<V>, [pages, tables]: [&str; 
 /// L2 accesses `linear`, and L1 changes what it has for L2's physical address `changed`.
 fn compare<V: Virt>(lab: &mut Lab<V>, l1: &L1<V>, name: &str, linear: u64, changed: u64) {
     let (tree, ram) = (l1.tree, &l1.vm.ram);
-    // A table of its own, so that the entry above is only this page's.
     let upper = tree.place(ram, changed, Level::L2);
-    let alone = (changed == linear).then_some(upper);
     let leaf = tree.place(ram, changed, Level::L1);
     let pages = (l1.entry(leaf), l1.entry(upper));
     let mut machine = V::vcpu(VcpuSetup::NESTED).unwrap_or_else(|error| panic!("{error}"));
@@ -128,7 +128,8 @@ fn compare<V: Virt>(lab: &mut Lab<V>, l1: &L1<V>, name: &str, linear: u64, chang
     let mut actor = l1.vm.actor();
     let (mut cases, mut faults, mut differ, mut first) = (0, 0, 0, None);
     for bits in all_entries(lab) {
-        if alone.is_none() && bits.1 != l1.bits.link {
+        // The entry above a table of L2's leads to its code, too.
+        if changed != linear && bits.1 != l1.bits.link {
             continue;
         }
         // Each by itself, then all in some order: what let one through must let the next one
@@ -194,12 +195,12 @@ fn by_the_processor<V: Virt>(machine: &mut V::Vcpu, l1: &L1<V>, task: &Task) -> 
 struct Bare<'a, M>(&'a mut M);
 
 impl<M: Vcpu> Runner for Bare<'_, M> {
-    fn registers(&mut self) -> &mut crate::virt::GuestState {
+    fn registers(&mut self) -> &mut GuestState {
         self.0.state()
     }
 
-    fn proceed(&mut self) -> Result<crate::runner::Progress, Trouble> {
-        Ok(crate::runner::Progress::Stopped(self.0.run()))
+    fn proceed(&mut self) -> Result<Progress, Trouble> {
+        Ok(Progress::Stopped(self.0.run()))
     }
 
     fn faults(&self) -> [u64; 3] {

@@ -5,7 +5,6 @@
 //! by the word in them.
 
 use alloc::sync::Arc;
-
 use core::sync::atomic::Ordering;
 
 use mmu_core::addr::Level;
