@@ -84,15 +84,8 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             return Ok(Err(FaultOutcome::Retry));
         }
         let write = needed.contains(Access::WRITE);
-        if slot.is_read_only() && write {
-            let read_only = EmulateReason::ReadOnly { gfn, slot: slot.id };
-            return Ok(Err(FaultOutcome::Emulate(read_only)));
-        }
-        let full = slot.logs_dirty() && self.actor.ring().is_some_and(DirtyRing::is_full);
-        if write && full && !mmu_core::busted!("full_ring_ignored") {
-            // Before anything permits the write that could not be told.
-            self.actor.vm().trace(|| Event::RingFull { gfn });
-            return Ok(Err(FaultOutcome::RingFull));
+        if write && let Some(outcome) = self.refuses_writes(&slot, gfn) {
+            return Ok(Err(outcome));
         }
         let wanted = if write { Access::WRITE } else { Access::READ };
         let host = self.actor.vm().host();
@@ -123,6 +116,19 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             snapshot,
             root,
         }))
+    }
+
+    /// What becomes of a write to a slot that takes none now; said before anything permits it.
+    fn refuses_writes(&self, slot: &Memslot, gfn: Gfn) -> Option<FaultOutcome> {
+        if slot.is_read_only() {
+            return Some(FaultOutcome::Emulate(EmulateReason::ReadOnly { gfn, slot: slot.id }));
+        }
+        let full = slot.logs_dirty() && self.actor.ring().is_some_and(DirtyRing::is_full);
+        if !full || mmu_core::busted!("full_ring_ignored") {
+            return None;
+        }
+        self.actor.vm().trace(|| Event::RingFull { gfn });
+        Some(FaultOutcome::RingFull)
     }
 
     /// The largest level to install at, as far as guest, host and slot go.
