@@ -14,6 +14,7 @@
 use mmu_core::addr::{Gfn, GfnRange, Level, to_index};
 use mmu_core::epoch::EpochGuard;
 use mmu_core::flush::{FlushDebt, FlushScope};
+use mmu_core::frame::PageTable;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{Spte, SpteFormat};
 use mmu_core::stats::{Counter, StatsShard};
@@ -75,6 +76,11 @@ impl<F: SpteFormat, H: Host> AgeRange for ShadowMmu<F, H> {
             mmu: self,
             request,
             report: AgeReport::empty(request.range.end),
+            limit: match request.effort {
+                Effort::Full => u64::MAX,
+                Effort::Fast if mmu_core::busted!("fast_age_over_budget") => u64::MAX,
+                Effort::Fast => request.budget,
+            },
             debt: FlushDebt::new(),
             huge: None,
             lists: [0, 1].map(|space| LEAVES.map(|level| self.rmaps().walk(space, level))),
@@ -192,6 +198,8 @@ struct Pass<'a, F: SpteFormat, H: Host> {
     mmu: &'a ShadowMmu<F, H>,
     request: AgeRequest,
     report: AgeReport,
+    /// Entries that may be read: a fast call reads no more than it was told.
+    limit: u64,
     debt: FlushDebt,
     /// The block of 1 GiB looked at last, and what its own leaves said: told for each part.
     huge: Option<(Gfn, Seen)>,
@@ -312,8 +320,9 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
             let first = self.mmu.rmaps().next(id, Level::L1, block.start, block.end);
             let Some(mut gfn) = first else { continue };
             let Some(mut lists) = self.take_lists(space, Level::L1) else { continue };
+            let mut last = None;
             while gfn < block.end {
-                let seen = self.look_at(section, shard, &mut lists, Level::L1, gfn);
+                let seen = self.look_at(section, shard, &mut lists, Level::L1, gfn, &mut last);
                 masks.note(gfn.index(Level::L1), seen);
                 gfn = gfn.saturating_add(1);
             }
@@ -336,7 +345,7 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
         let mut seen = Seen::default();
         for space in 0..SPACES {
             if let Some(mut lists) = self.take_lists(space, level) {
-                seen.merge(self.look_at(section, shard, &mut lists, level, gfn));
+                seen.merge(self.look_at(section, shard, &mut lists, level, gfn, &mut None));
                 self.return_lists(space, level, lists);
             }
         }
@@ -356,40 +365,45 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
 
     /// Look at the entries on one list.
     #[inline(always)]
-    fn look_at(
+    fn look_at<'g>(
         &mut self,
-        section: &EpochGuard<'_>,
+        section: &'g EpochGuard<'_>,
         shard: &StatsShard,
         lists: &mut Lists<'a>,
         level: Level,
         gfn: Gfn,
-    ) -> Seen {
+        last: &mut Option<(u64, &'g PageTable)>,
+    ) -> Seen
+    where
+        'a: 'g,
+    {
         let Some(peek) = lists.peek(gfn) else { return Seen::default() };
-        let mut seen = Seen::default();
-        if self.entries_left() < u64::from(INLINE) {
-            return self.look_held(section, shard, lists, level, gfn);
-        }
-        let Some(entries) = peek.entries() else {
-            return self.look_held(section, shard, lists, level, gfn);
-        };
-        if let Some(read) = self.quiet(section, &peek, entries, level) {
+        let left = self.limit.saturating_sub(self.report.entries);
+        if let Some(spte) = peek.only().filter(|_| left > 0) {
+            // What nearly all lists of a guest are.
+            let cell = self.cells.near(section, spte, last);
+            if cell.is_some_and(|cell| self.is_idle(cell, level)) && peek.stands() {
+                self.report.entries += 1;
+                return Seen { mapped: true, ..Seen::default() };
+            }
+            if let Ok(_held) = lists.lock_as(&peek) {
+                let mut seen = Seen::default();
+                self.look_entry(section, shard, spte, level, gfn, &mut seen);
+                return seen;
+            }
+        } else if let Some(entries) = peek.entries()
+            && left >= u64::from(INLINE)
+            && let Some(read) = self.quiet(section, &peek, entries, level)
+        {
             self.report.entries += read;
-            seen.mapped = true;
-            return seen;
+            return Seen { mapped: true, ..Seen::default() };
         }
-        let Ok(_held) = lists.lock_as(&peek) else {
-            return self.look_held(section, shard, lists, level, gfn);
-        };
-        for spte in entries.into_iter().flatten() {
-            self.look_entry(section, shard, spte, level, gfn, &mut seen);
-        }
-        seen
+        self.look_held(section, shard, lists, level, gfn)
     }
 
     /// Is the block mapped, and by leaves of which none was used? Then how many; found without the
     /// list's lock, and `None` if that does not tell. Most pages of a guest are idle most of the
     /// time, and locked instructions are what a pass costs.
-    #[inline(always)]
     fn quiet(
         &mut self,
         section: &EpochGuard<'_>,
@@ -397,16 +411,22 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
         entries: [Option<SpteRef>; 2],
         level: Level,
     ) -> Option<u64> {
-        let config = self.mmu.config();
         let mut read = 0;
         for spte in entries.into_iter().flatten() {
-            let now = self.cells.get(section, spte)?.peek();
-            if !now.is_leaf(level) || config.is_accessed(now) {
+            let cell = self.cells.get(section, spte)?;
+            if !self.is_idle(cell, level) {
                 return None;
             }
             read += 1;
         }
         peek.stands().then_some(read)
+    }
+
+    /// Is it a leaf that was not used?
+    #[inline(always)]
+    fn is_idle(&self, cell: &SpteCell, level: Level) -> bool {
+        let now = cell.peek();
+        now.is_leaf(level) && !self.mmu.config().is_accessed(now)
     }
 
     /// Look at an entry of a list that is held still.
@@ -448,22 +468,13 @@ impl<'a, F: SpteFormat, H: Host> Pass<'a, F, H> {
             },
         };
         let Some(list) = list else { return seen };
-        if self.entries_left() < u64::from(list.len()) {
+        if self.limit.saturating_sub(self.report.entries) < u64::from(list.len()) {
             return Seen { unknown: true, ..seen };
         }
         for spte in list.entries() {
             self.look_entry(section, shard, spte, level, gfn, &mut seen);
         }
         seen
-    }
-
-    /// How many entries may still be read: a fast call reads no more than it was told.
-    fn entries_left(&self) -> u64 {
-        match self.request.effort {
-            Effort::Full => u64::MAX,
-            Effort::Fast if mmu_core::busted!("fast_age_over_budget") => u64::MAX,
-            Effort::Fast => self.request.budget.saturating_sub(self.report.entries),
-        }
     }
 
     /// Was the leaf used? Clears what it saw, if that is asked for.
@@ -508,12 +519,20 @@ struct Masks {
 impl Masks {
     #[inline]
     fn note(&mut self, index: usize, seen: Seen) {
-        let bit = |on: bool| u64::from(on) << (index % WORD);
-        let (word, masks) = (index / WORD, [&mut self.present, &mut self.young, &mut self.unknown]);
-        for (mask, on) in masks.into_iter().zip([seen.mapped, seen.young, seen.unknown]) {
-            if let Some(word) = mask.get_mut(word) {
-                *word |= bit(on);
+        let bit = 1 << (index % WORD);
+        let mark = |mask: &mut [u64; MASK_WORDS]| {
+            if let Some(word) = mask.get_mut(index / WORD) {
+                *word |= bit;
             }
+        };
+        if seen.mapped {
+            mark(&mut self.present);
+        }
+        if seen.young {
+            mark(&mut self.young);
+        }
+        if seen.unknown {
+            mark(&mut self.unknown);
         }
     }
 

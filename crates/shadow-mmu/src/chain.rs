@@ -73,6 +73,17 @@ impl Chain {
         if self.is_many() { [None, None] } else { [at(FIRST), at(SECOND)] }
     }
 
+    /// The reference that is alone in a word that nobody holds.
+    #[inline]
+    pub(crate) fn only(word: u64) -> Option<SpteRef> {
+        let chain = Self(word);
+        if word & (LOCKED | MANY) == 0 && word >> SECOND == 0 {
+            SpteRef::from_bits(chain.field(FIRST, REF_BITS))
+        } else {
+            None
+        }
+    }
+
     fn of_two(first: Option<SpteRef>, second: Option<SpteRef>) -> Self {
         let (first, second) = if first.is_some() { (first, second) } else { (second, None) };
         let bits = |spte: Option<SpteRef>| spte.map_or(0, |spte| u64::from(spte.bits()));

@@ -11,6 +11,7 @@ use core::fmt;
 use mmu_core::addr::Pfn;
 use mmu_core::direct::DirectTables;
 use mmu_core::epoch::EpochGuard;
+use mmu_core::frame::PageTable;
 use mmu_core::spte::cell::SpteCell;
 use mmu_core::spte::{SpteConfig, SpteFormat};
 use mmu_core::sync::{AtomicU64, Ordering, plain};
@@ -132,12 +133,35 @@ impl<'a, F: SpteFormat, H: Host> Cells<'a, F, H> {
     where
         'a: 'g,
     {
+        self.near(section, spte, &mut None)
+    }
+
+    /// The same; `last` is the table that the last one stands in, looked up in this section.
+    #[inline]
+    pub(crate) fn near<'g>(
+        &mut self,
+        section: &'g EpochGuard<'_>,
+        spte: SpteRef,
+        last: &mut Option<(u64, &'g PageTable)>,
+    ) -> Option<&'g SpteCell>
+    where
+        'a: 'g,
+    {
         let place = self.frames.get(u64::from(spte.page().get()))?;
         // ORDERING[shadow-frame]: Relaxed. After the Acquire of the list's head, or by the writer:
         // pairs with the store in `set_frame`. Who does not hold the list may read the frame of
         // another page by now, which is a table as well.
-        let frame = place.load(plain::Ordering::Relaxed).checked_sub(1)?;
-        self.mmu.vm.pool().table(section, Pfn::new(frame)).entries().get(spte.index())
+        let word = place.load(plain::Ordering::Relaxed);
+        let table = match *last {
+            Some((known, table)) if known == word => table,
+            _ => {
+                let frame = Pfn::new(word.checked_sub(1)?);
+                let table = self.mmu.vm.pool().table(section, frame);
+                *last = Some((word, table));
+                table
+            }
+        };
+        table.entries().get(spte.index())
     }
 }
 

@@ -283,6 +283,12 @@ pub(crate) struct Peek<'a> {
 }
 
 impl Peek<'_> {
+    /// The entry, if there is one only and nobody is about to change that.
+    #[inline]
+    pub(crate) fn only(&self) -> Option<SpteRef> {
+        Chain::only(self.word)
+    }
+
     /// The entries, if they stand in the head and nobody is about to change them.
     #[inline]
     pub(crate) fn entries(&self) -> Option<[Option<SpteRef>; 2]> {
