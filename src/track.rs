@@ -95,7 +95,8 @@ impl<F: SpteFormat, H: Host, L: WriterLock<F, H>> Vm<F, H, L> {
         Ok(())
     }
 
-    /// Take one [`track_write`](Self::track_write) back.
+    /// Take one [`track_write`](Self::track_write) back. Counts end with their slot: of one that
+    /// was deleted or moved there is nothing to take back.
     ///
     /// # Errors
     /// [`WatchError`].
@@ -107,7 +108,12 @@ impl<F: SpteFormat, H: Host, L: WriterLock<F, H>> Vm<F, H, L> {
         gfn: Gfn,
     ) -> Result<(), WatchError> {
         let track = actor.page_track(space, gfn).ok_or(WatchError::NoSlot { space, gfn })?;
-        track.untrack(gfn).map(|_| ()).map_err(WatchError::Count)
+        let taken = match self.shadow() {
+            // Shadows count in the same place, and keep what they count.
+            Some(Shadow { lock, .. }) => lock.with(|writer| writer.untrack(&track, gfn)),
+            None => track.untrack(gfn),
+        };
+        taken.map(|_| ()).map_err(WatchError::Count)
     }
 
     /// The emulator or the host wrote `bytes` bytes of guest memory from `at` on: shadows of tables

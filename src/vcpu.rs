@@ -17,8 +17,10 @@ use mmu_core::epoch::EpochError;
 use mmu_core::fault::{FaultError, FaultOutcome, PageFault};
 use mmu_core::spte::SpteFormat;
 use mmu_core::traits::Host;
-use shadow_mmu::guest::{GuestMem, NestedRequest, NestedWalk, NestedWalker};
-use shadow_mmu::{DirectWrite, ShadowError, ShadowVcpu, WriterLock};
+use shadow_mmu::guest::{
+    GuestMem, GuestRoot, GuestWalker, NestedRequest, NestedWalk, NestedWalker,
+};
+use shadow_mmu::{DirectWrite, PageRole, ShadowError, ShadowVcpu, WriterLock};
 use tdp_mmu::{RootError, TdpVcpu};
 
 use crate::vm::{Shadow, Vm};
@@ -151,6 +153,30 @@ impl<F: SpteFormat, H: Host, L: WriterLock<F, H>> Vcpu<F, H, L> {
         let root = direct.load_root()?;
         self.runs = Runs::Guest;
         Ok(root.address())
+    }
+
+    /// In a VM of shadow tables only: go on as the guest itself, on shadows of its tables at
+    /// `root`. As [`ShadowVcpu::load_guest_root`].
+    ///
+    /// # Errors
+    /// [`VcpuError::NoMmu`] in a VM whose guest is on direct tables, [`VcpuError::Shadow`]; the
+    /// vCPU stays where it is.
+    pub fn enter_shadowed<M: GuestMem + ?Sized>(
+        &mut self,
+        guest: &GuestWalker,
+        mem: &M,
+        root: &GuestRoot,
+        role: PageRole,
+    ) -> Result<Hpa, VcpuError> {
+        let wanted = Runs::Guest;
+        let role = role.in_space(u16::from(self.space));
+        if self.direct.is_some() {
+            return Err(VcpuError::NoMmu { wanted });
+        }
+        let (shadow, lock) = self.shadow().ok_or(VcpuError::NoMmu { wanted })?;
+        let address = shadow.load_guest_root(lock, guest, mem, root, role)?;
+        self.runs = wanted;
+        Ok(address)
     }
 
     /// The guest enters a guest of its own, on the nested tables at `root`: its EPT pointer or

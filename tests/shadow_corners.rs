@@ -14,9 +14,9 @@ use mmu_core::fault::FaultOutcome;
 use mmu_core::spte::{Capabilities, Ept};
 use mmu_core::stats::Counter;
 use mmu_core::traits::{
-    AgeAnswer, AgeMode, AgeRange, AgeRequest, AgeSink, Effort, HostPage, MASK_WORDS,
+    AgeAnswer, AgeMode, AgeRange, AgeRequest, AgeSink, Effort, HostPage, MASK_WORDS, PageKind,
 };
-use mmu_model::{Access, AccessKind};
+use mmu_model::{Access, AccessKind, PhysMem};
 use shadow_mmu::guest::{EptCpu, NestedRequest, NestedWalker, Purpose};
 use shadow_mmu::{ReclaimPolicy, RmapHistogram};
 use shadow_support::memory::Memory;
@@ -283,5 +283,62 @@ fn a_range_across_the_border_of_two_large_pages_meets_both() {
             assert_eq!(answer, if met { AgeAnswer::Old } else { AgeAnswer::Young }, "{range:?}");
         }
         machine.finish();
+    }
+}
+
+/// A nested guest with one page, whose entry in L1's table is `entry`, on a host of `caps` that
+/// calls each page `kind`; what the host's entry says after a read.
+fn one_page(caps: Capabilities, kind: PageKind, entry: u64) -> (Rig<Ept>, u64) {
+    const EPT: u64 = 7 | 1 << 8 | 1 << 9;
+    let backing = |gfn| {
+        let pfn = Pfn::new(common::DATA + gfn);
+        Some(HostPage { pfn, writable: true, level: Level::L1 })
+    };
+    let machine = rig::Machine::default();
+    let mut rig = Rig::<Ept>::new(machine, 1, caps, 100, ReclaimPolicy::Fifo, PAGES, backing);
+    rig.mmu.vm().host().set_kinds(Arc::new(move |_, _| kind));
+    let memory = Memory::new(PAGES, 4);
+    for table in 0..3 {
+        memory.set(table << 12, 8, (table + 1) << 12 | EPT);
+    }
+    memory.set(3 << 12, 8, entry);
+    let nested = NestedWalker::ept(Level::L4, &EptCpu::baseline()).unwrap();
+    let root = rig.vcpu.load_nested_root(&rig.lock, &nested, &memory, 0, 0).unwrap();
+    rig.set_register(root);
+    let purpose = Purpose::Final(mmu_core::access::Access::ALL);
+    let read = NestedRequest { operation: operation(AccessKind::Read), purpose };
+    let walk = nested.walk(&memory, 0, Gpa::new(0), read).unwrap();
+    let outcome = rig.vcpu.nested_fault(&rig.lock, &nested, &memory, &walk, read);
+    assert_eq!(outcome, Ok(FaultOutcome::Fixed));
+    let peek = Peek(rig.mmu.vm().host());
+    let below = |table: u64| peek.read(table & 0x000f_ffff_ffff_f000).unwrap();
+    let leaf = (0..4).fold(root.get(), |table, _| below(table));
+    (rig, leaf)
+}
+
+/// Where the host tells a user's fetches from a supervisor's and L1's tables do not, both follow
+/// the one bit that there is.
+#[test]
+fn without_a_bit_for_user_fetches_they_follow_the_others() {
+    let caps = Capabilities { mode_based_exec: true, ..Capabilities::ept() };
+    for execute in [false, true] {
+        let entry = 600 << 12 | READ | 2 | USED | BACK | if execute { 4 } else { 0 };
+        let (rig, leaf) = one_page(caps, PageKind::RAM, entry);
+        let fetch = Access::user(AccessKind::Fetch);
+        let passes = rig.walker.translate(&Peek(rig.mmu.vm().host()), rig.register, 0, fetch);
+        assert_eq!(passes.is_ok(), execute, "{leaf:#x}");
+        assert_eq!((leaf >> 2 & 1, leaf >> 10 & 1), (u64::from(execute), u64::from(execute)));
+        rig.finish();
+    }
+}
+
+/// Rows 1.22, 1.24: a device that L1 hands to L2 is mapped as the device that it is.
+#[test]
+fn a_nested_guests_device_is_uncacheable() {
+    let entry = 600 << 12 | READ | 2 | USED | BACK;
+    for (kind, memory_type) in [(PageKind::RAM, 6), (PageKind::DEVICE, 0)] {
+        let (rig, leaf) = one_page(Capabilities::ept(), kind, entry);
+        assert_eq!(leaf >> 3 & 7, memory_type, "{kind:?}: {leaf:#x}");
+        rig.finish();
     }
 }

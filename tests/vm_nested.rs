@@ -7,6 +7,7 @@ mod vm_support;
 
 use mmu_core::addr::{Gfn, GfnRange, Gpa};
 use mmu_core::slot::SlotFlags;
+use mmu_core::stats::Counter;
 use mmu_model::{AccessKind, Random};
 use shadow_support::rig::some_kind;
 use vm_support::{
@@ -316,4 +317,52 @@ fn a_table_whose_shadow_is_given_up_is_written_at_once() {
     machine.remember();
     assert_eq!(machine.l2_access(0x1000, AccessKind::Read), reached(&machine, 700));
     machine.finish();
+}
+
+/// A table that is out of sync stays so while L2 goes on: nobody relies on seeing L1's writes to
+/// it.
+#[test]
+fn a_table_out_of_sync_is_written_without_exits_until_it_is_followed() {
+    let mut machine = Machine::new(6, 1000);
+    machine.set_up_path();
+    for index in 0..4 {
+        machine.set_up(0, index, leaf(600 + index));
+    }
+    assert_eq!(machine.l2_access(0, AccessKind::Read), reached(&machine, 600));
+    let written = End::Reached(machine.backing.pfn(0).unwrap());
+    assert_eq!(machine.l1_access(0, AccessKind::Write), written);
+    let flushes = machine.stat(Counter::FlushRequests);
+    for index in 1..4 {
+        let read = machine.l2_access(index << 12, AccessKind::Read);
+        assert_eq!(read, reached(&machine, 600 + index));
+        assert!(machine.direct(0).is_some_and(|found| found.writable()), "after read {index}");
+    }
+    assert_eq!(machine.stat(Counter::FlushRequests), flushes);
+    assert_eq!(machine.shadow_mmu().lock.0.lock().unwrap().stats().unsyncs, 1);
+    machine.finish();
+}
+
+/// Rows of large pages that are made again with other permissions count against the quota.
+#[test]
+fn the_quota_holds_where_rows_are_made_again() {
+    const QUOTA: u32 = 8;
+    for seed in 0..20 {
+        let mut machine = Machine::new(seed, QUOTA);
+        machine.set_up(12, 0, link(9));
+        machine.set_up(9, 0, link(6));
+        machine.set_up(9, 1, link(7));
+        // Not dirty: mapped for reads first.
+        let clean = 7 | 1 << 8 | LARGE | BACK;
+        for (table, index, block) in [(6, 0, 0), (6, 1, 1), (7, 0, 2), (7, 1, 3)] {
+            machine.set_up(table, index, block << 21 | clean);
+        }
+        for kind in [AccessKind::Read, AccessKind::Write] {
+            for address in [0x3000, 1 << 21, 1 << 30, 1 << 30 | 1 << 21] {
+                let _ = machine.l2_access(address, kind);
+                let live = machine.shadow_mmu().lock.0.lock().unwrap().live_pages();
+                assert!(live <= QUOTA, "seed {seed}: {live} pages");
+            }
+        }
+        machine.finish();
+    }
 }

@@ -195,3 +195,24 @@ fn what_is_counted_while_a_slot_changes_is_kept() {
         machine.finish();
     }
 }
+
+/// Shadows count in the same place as others who track: what they count is not taken by a call that
+/// has nothing to take back.
+#[test]
+fn a_shadow_keeps_its_count_whoever_takes_back_too_much() {
+    let mut machine = machine(6, Setup::default());
+    assert_eq!(machine.l2_access(0, Read), reached(&machine, 600));
+    // Table 6 is of level 2: its shadow never goes out of sync.
+    assert_eq!(machine.l1_access(6, Write), End::Protected);
+    let page = Gfn::new(6);
+    let untrack = |machine: &mut Machine| machine.vm.untrack_write(&mut machine.notifier, 0, page);
+    let none = Err(WatchError::Count(TrackError::NotTracked { gfn: page }));
+    assert_eq!(untrack(&mut machine), none);
+    assert_eq!(machine.l1_access(6, Write), End::Protected, "nobody else counted");
+    machine.vm.track_write(&mut machine.notifier, 0, page).unwrap();
+    assert_eq!(untrack(&mut machine), Ok(()));
+    assert_eq!(untrack(&mut machine), none);
+    assert_eq!(machine.l1_access(6, Write), End::Protected);
+    machine.check();
+    machine.finish();
+}

@@ -233,9 +233,10 @@ fn a_vm_of_shadow_tables_alone_has_the_same_calls() {
     let guest = GuestWalker::new(&cpu, GuestControls::empty()).unwrap();
     let role = PageRole::of_guest(&cpu, GuestControls::empty(), WriteProtect::On).unwrap();
     let write = |vcpu: &mut Vcpu<Ept, TestHost, Lock<Ept>>, gfn: u64| {
-        let (shadow, lock) = vcpu.shadow().unwrap();
         let root = GuestRoot::Cr3(0);
-        let _ = shadow.load_guest_root(lock, &guest, &memory, &root, role).unwrap();
+        let _ = vcpu.enter_shadowed(&guest, &memory, &root, role).unwrap();
+        assert_eq!(vcpu.runs(), Runs::Guest);
+        let (shadow, lock) = vcpu.shadow().unwrap();
         let request = shadow_mmu::guest::Request {
             operation: shadow_mmu::guest::Operation::Write,
             privilege: shadow_mmu::guest::Privilege::Supervisor,

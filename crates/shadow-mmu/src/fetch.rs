@@ -15,7 +15,7 @@ use mmu_core::addr::{Gfn, GfnRange, Gva, Level};
 use mmu_core::fault::FaultOutcome;
 use mmu_core::spte::{LeafSpec, Spte, SpteFormat};
 use mmu_core::stats::Counter;
-use mmu_core::traits::Host;
+use mmu_core::traits::{Backing, Host};
 
 use crate::error::ShadowError;
 use crate::guest::{
@@ -242,8 +242,9 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
             };
             // Used: no flood of writes to it (KVM row 4.53).
             page.writes = 0;
-            let level = page.level();
-            if self.watch(at) {
+            let (level, relies) = (page.level(), !page.unsync);
+            // What is out of sync relies on no write: it is watched when it is synchronised.
+            if relies && self.watch(at) {
                 return Attempt::Again;
             }
             let place = SpteRef::new(at, shadow_index(target.gva, level));
@@ -267,13 +268,14 @@ impl<'a, F: SpteFormat, H: Host> Work<'a, F, H> {
     /// Shadow pages that the fault may have to make: those from the first missing link on.
     fn missing_pages(&self, target: &Target<'_>) -> u32 {
         let mut at = target.root;
+        let goal = self.writer.blocks.max_level(target.path.gfn, target.goal);
         for _ in Level::ALL {
             let Some(page) = self.writer.pages.get(at) else { break };
             let level = page.level();
-            if level <= target.goal {
+            if level <= goal {
                 return 0;
             }
-            match self.child_at(SpteRef::new(at, shadow_index(target.gva, level))) {
+            match self.step_down(SpteRef::new(at, shadow_index(target.gva, level)), target) {
                 Some(child) => at = child,
                 None => return u32::from(level.number() - Level::L1.number()),
             }
@@ -536,6 +538,8 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             // The fast path is TDP's: a shadow entry gets W by a fault only.
             mmu_writable: may_write,
             accessed: !target.prefetch,
+            memory_type: target.kind.memory_type,
+            host_mmio: target.kind.backing == Backing::Device,
             ..LeafSpec::new(pfn, level)
         })
     }

@@ -12,7 +12,7 @@ use mmu_core::access::Access;
 use mmu_core::addr::{Gfn, GfnRange, Gpa, Level, PAGE_SIZE, to_u64};
 use mmu_core::slot::SlotFlags;
 use mmu_core::spte::{LeafSpec, SpteFormat};
-use mmu_core::traits::{Host, HostPage};
+use mmu_core::traits::{Host, HostPage, PageKind};
 
 use crate::guest::{EntryFormat, GuestMem};
 use crate::page::Shadowed;
@@ -187,6 +187,9 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             return None;
         }
         let page = self.vm.host().resolve_now(&slot, gfn)?;
+        if self.vm.host().kind(&slot, gfn, &page) != PageKind::RAM {
+            return None;
+        }
         let writable = page.writable && !slot.is_read_only();
         let taken = self.vm.notify().must_retry(self.section, snapshot, GfnRange::from_len(gfn, 1));
         let known = page.pfn < self.config().max_pfn_exclusive();

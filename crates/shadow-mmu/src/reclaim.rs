@@ -116,13 +116,16 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
         // A quarter, but at least what is wanted: with a small quota progress comes first.
         let most = if mmu_core::busted!("reclaim_looks_at_all") { u32::MAX } else { LOOKS };
         let mut looks = (before / 4).min(most).max(wanted);
+        // Pages that are passed over cost little, and are many.
+        let mut steps = most.saturating_mul(4).max(wanted);
         for lowest in [true, false] {
             let mut at = self.writer.pages.oldest();
             let last = self.writer.pages.newest();
             while let Some(id) = at {
-                if before - self.writer.pages.live() >= wanted || looks == 0 {
+                if before - self.writer.pages.live() >= wanted || looks == 0 || steps == 0 {
                     break;
                 }
+                steps -= 1;
                 at = if Some(id) == last { None } else { self.writer.pages.newer_than(id) };
                 if !self.may_go(id, lowest) {
                     continue;

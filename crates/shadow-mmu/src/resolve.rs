@@ -12,7 +12,7 @@ use mmu_core::notify::Snapshot;
 use mmu_core::slot::{self, Memslot};
 use mmu_core::spte::SpteFormat;
 use mmu_core::trace::Event;
-use mmu_core::traits::{Host, HostPage, ResolveError};
+use mmu_core::traits::{Host, HostPage, PageKind, ResolveError};
 
 use crate::guest::{NestedRequest, Operation, Privilege, Purpose, Request, WalkPath};
 use crate::root::Held;
@@ -43,6 +43,7 @@ pub(crate) struct Target<'a> {
     pub(crate) write: bool,
     pub(crate) prefetch: bool,
     pub(crate) page: HostPage,
+    pub(crate) kind: PageKind,
     /// The level to install at, if no guest table is in the way.
     pub(crate) goal: Level,
     pub(crate) logged: bool,
@@ -99,6 +100,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
         if page.pfn >= self.mmu.config().max_pfn_exclusive() {
             return Err(FaultError::BadHostPage { gfn, pfn: page.pfn.get() });
         }
+        let kind = self.actor.vm().host().kind(&slot, gfn, &page);
         let logged = slot.logs_dirty();
         let goal = self.goal(&slot, path, access, page);
         let page = HostPage { writable: page.writable && !slot.is_read_only(), ..page };
@@ -110,6 +112,7 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
             write,
             prefetch: false,
             page,
+            kind,
             goal,
             logged,
             generation,

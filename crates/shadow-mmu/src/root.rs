@@ -98,8 +98,13 @@ const LAYOUT: RoleFlags =
     FORMAT.union(RoleFlags::DIRECT).union(RoleFlags::PASSTHROUGH).union(RoleFlags::INVALID);
 
 /// Flags without which entries cannot be read.
-const FORMAT: RoleFlags =
-    RoleFlags::FOUR_BYTES.union(RoleFlags::PSE).union(RoleFlags::PAE).union(RoleFlags::NX);
+const FORMAT: RoleFlags = RoleFlags::FOUR_BYTES
+    .union(RoleFlags::PSE)
+    .union(RoleFlags::PAE)
+    .union(RoleFlags::NX)
+    .union(RoleFlags::GUEST_MODE)
+    .union(RoleFlags::AD_DISABLED)
+    .union(RoleFlags::MODE_BASED);
 
 /// Can the walker read the table that a page with this role shadows? A vCPU keeps roots of modes
 /// that it has left.
@@ -154,6 +159,7 @@ impl PageRole {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::{EptCpu, NestedWalker};
 
     const CPU: GuestCpu = GuestCpu { la57: true, pku: true, ..GuestCpu::baseline() };
 
@@ -195,6 +201,25 @@ mod tests {
         let controls = GuestControls::PG | GuestControls::LME;
         let refused = PageRole::of_guest(&CPU, controls, WriteProtect::On);
         assert_eq!(refused, Err(ModeError::LongModeWithoutPae));
+    }
+
+    /// INVLPG and INVEPT look at all roots that a vCPU keeps: none is read as what it is not.
+    #[test]
+    fn a_table_is_read_by_a_walker_of_its_format_only() {
+        let long = GuestWalker::new(&CPU, GuestControls::LONG).unwrap();
+        let plain = EptCpu { mode_based_execute: false, ..EptCpu::baseline() };
+        let modes = EptCpu { mode_based_execute: true, ..EptCpu::baseline() };
+        let without = EptCpu { accessed_dirty: false, ..EptCpu::baseline() };
+        let nested = [plain, modes, without].map(|cpu| NestedWalker::ept(Level::L4, &cpu).unwrap());
+        let formats: [EntryFormat<'_>; 4] =
+            [long.format(), nested[0].format(), nested[1].format(), nested[2].format()];
+        for (number, written) in formats.iter().enumerate() {
+            let role = PageRole::new(Level::L4, RoleFlags::empty());
+            let key = RootKey::of(*written, &GuestRoot::Cr3(0x5000), role, Level::L4).unwrap();
+            for (reader, format) in formats.iter().enumerate() {
+                assert_eq!(reads(*format, key.role), reader == number, "{number} by {reader}");
+            }
+        }
     }
 
     #[test]

@@ -119,6 +119,6 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
             accessed: config.is_accessed(old),
             ..LeafSpec::new(config.pfn(old).saturating_add(offset), level)
         });
-        config.keep_writes(old, leaf)
+        config.keep_writes(old, config.keep_kind(old, leaf))
     }
 }

@@ -185,6 +185,7 @@ impl<F: SpteFormat, H: Host> Work<'_, F, H> {
                 accessed: config.is_accessed(now),
                 ..LeafSpec::new(config.pfn(now), Level::L1)
             });
+            let leaf = config.keep_kind(now, leaf);
             let forget = mmu_core::busted!("sync_forgets_writes");
             if forget { leaf } else { config.keep_writes(now, leaf) }
         };

@@ -37,21 +37,30 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
         if self.pages.indirect() == 0 || bytes == 0 {
             return;
         }
-        self.work(actor, |work| {
-            let end = at.get().saturating_add(bytes);
-            let mut from = at.get();
-            while from < end {
-                let offset = from % PAGE_SIZE;
-                let here = (end - from).min(PAGE_SIZE - offset);
-                let write = Write { gfn: Gfn::containing(Gpa::new(from)), offset, bytes: here };
-                work.wrote(write);
-                from = from.saturating_add(here);
-            }
-        });
+        let last = self.mmu.config().max_gfn_exclusive().address().get();
+        let end = at.get().saturating_add(bytes).min(last);
+        let mut from = at.get();
+        while from < end {
+            // In a section of its own, each 512 pages.
+            let page = from & !(PAGE_SIZE - 1);
+            let until = end.min(page.saturating_add(to_u64(ENTRIES) * PAGE_SIZE));
+            self.work(actor, |work| work.wrote_range(from, until));
+            from = until;
+        }
     }
 }
 
 impl<F: SpteFormat, H: Host> Work<'_, F, H> {
+    fn wrote_range(&mut self, mut from: u64, end: u64) {
+        while from < end {
+            let offset = from % PAGE_SIZE;
+            let here = (end - from).min(PAGE_SIZE - offset);
+            let write = Write { gfn: Gfn::containing(Gpa::new(from)), offset, bytes: here };
+            self.wrote(write);
+            from = from.saturating_add(here);
+        }
+    }
+
     fn wrote(&mut self, write: Write) {
         let mut after = None;
         while let Some(id) = self.next_shadow(write.gfn, after) {

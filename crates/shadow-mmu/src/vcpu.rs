@@ -193,8 +193,8 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     ) -> Result<PageId, ShadowError> {
         let RootKey { gfn, role, .. } = key;
         let found = if key.is_private() {
-            let mine = self.root.iter().chain(&self.former).find(|held| held.key == key);
-            mine.map(|held| held.page).filter(|page| writer.is_current(*page))
+            let mine = self.root.iter().chain(&self.former).filter(|held| held.key == key);
+            mine.map(|held| held.page).find(|page| writer.is_current(*page))
         } else {
             writer.pages.find(gfn, role, writer.generation)
         };

@@ -65,6 +65,19 @@ impl<F: SpteFormat, H: Host> ShadowWriter<F, H> {
         })
     }
 
+    /// Take back a count that somebody else has in `track`, not one that shadows have. Was it the
+    /// last of all?
+    ///
+    /// # Errors
+    /// [`TrackError::NotTracked`]: only shadows count the page; nothing changed.
+    pub fn untrack(&mut self, track: &Arc<PageTrack>, gfn: Gfn) -> Result<bool, TrackError> {
+        let own = self.pages.of_gfn(gfn).filter(|(_, page)| page.is_watched_in(track)).count();
+        if usize::from(track.count(gfn)) <= own {
+            return Err(TrackError::NotTracked { gfn });
+        }
+        track.untrack(gfn)
+    }
+
     /// Have a page's table watched. If that cannot be, the page goes and `unwatched` says why.
     pub(crate) fn watch(&mut self, actor: &mut Actor<H>, id: PageId) {
         let Some(page) = self.pages.get(id).filter(|page| page.wants_watch()) else { return };

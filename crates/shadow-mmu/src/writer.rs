@@ -60,7 +60,9 @@ pub struct ShadowWriter<F: SpteFormat, H: Host> {
 
 /// Where the embedder keeps the writer: a mutex, or whatever lets one thread at a time have it.
 ///
-/// Nothing of this crate waits for anything but vCPUs' flushes and bit locks with the writer held.
+/// With the writer held this crate waits for vCPUs' flushes and bit locks, and where a table gets a
+/// shadow that direct tables beside map, for the sections that are open. So nothing that is called
+/// inside a section (an `AgeSink`, a `Trace`, `resolve_now`) may ask for the writer.
 pub trait WriterLock<F: SpteFormat, H: Host> {
     /// Do `work` with the writer.
     fn with<R>(&self, work: impl FnOnce(&mut ShadowWriter<F, H>) -> R) -> R;

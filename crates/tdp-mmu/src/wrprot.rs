@@ -118,7 +118,8 @@ impl<F: SpteFormat, H: Host> TdpMmu<F, H> {
     }
 
     /// Take one [`track_write`](Self::track_write) back. After the last, writes fault once more and
-    /// are then allowed, and huge pages come back as faults ask for them.
+    /// are then allowed, and huge pages come back as faults ask for them. In a VM with shadow
+    /// tables beside, which count in the same place, use the VM's.
     ///
     /// # Errors
     /// [`TrackWriteError`].

@@ -140,6 +140,15 @@ impl<F: SpteFormat> SpteConfig<F> {
         new.with(old.raw() & (F::DIRTY | when(both, F::WRITABLE)))
     }
 
+    /// `new`, which replaces the leaf `old` of the same frame, with what the old one says of the
+    /// frame itself: memory type and encryption (KVM rows 1.22, 1.26).
+    #[inline]
+    #[must_use]
+    pub const fn keep_kind(&self, old: Spte, new: Spte) -> Spte {
+        let kind = F::MEMORY_TYPE | self.me_mask;
+        if new.is_mmu_present() { new.without(kind).with(old.raw() & kind) } else { new }
+    }
+
     /// The leaf so that its next write faults, for a dirty log: W clear, everything else as it
     /// was. The flush may be deferred to the end of the pass (KVM row 0.2.2).
     #[inline]

@@ -284,7 +284,9 @@ impl Rules {
                     | when(!value & NX, Access::EXEC)
             }
             Permissions::Ept { mode_based_execute, .. } => {
-                let user = if mode_based_execute { value & 1 << 10 } else { 1 };
+                // Without a bit of their own a user's fetches follow the others, also where the
+                // host tells them apart.
+                let user = value & if mode_based_execute { 1 << 10 } else { 4 };
                 when(value & 1, Access::READ)
                     | write
                     | when(value & 4, Access::EXEC)

@@ -1,9 +1,9 @@
 //! A vCPU's place between the machine and the shadow tables: the way into a guest and out.
 //!
-//! Owns [`Seat`]. As `vcpu.rs` for direct tables, with one difference: whether a root is still good
-//! is known under the writer, whose holder may be waiting at this vCPU's own gate. So it is asked
-//! before the announcement, and again when the gate's note says that roots have gone. No locks held
-//! while the guest runs; belongs to the CPU that made it.
+//! Owns [`Seat`]. As `vcpu.rs` for direct tables: the vCPU announces itself at its gate, then asks
+//! whether its root is still good, which takes no lock; the writer's holder may be waiting at that
+//! gate, so roots are loaded before. No locks held while the guest runs; belongs to the CPU that
+//! made it.
 
 use alloc::sync::Arc;
 
