@@ -8,6 +8,7 @@
 //! | `vcpu` | registers and exits |
 //! | `trap`, `code` | a vCPU for machine code: every exception leaves, registers in memory |
 //! | `door` | who is inside KVM_RUN, kicks, closed doors |
+//! | `autopsy` | what is said of a triple fault |
 //! | `flush` | which flush this host needs, the structural flush |
 //!
 //! A page fault of the guest takes this way: the processor delivers #PF to the stub's handler at
@@ -15,6 +16,7 @@
 //! registers and the error code from the handler's stack; the next `run` finishes the handler, and
 //! the guest tries the access again with all its registers as they were.
 
+mod autopsy;
 mod code;
 pub(crate) mod door;
 mod flush;

@@ -14,6 +14,7 @@ use x86::controlregs::{Cr0, Cr4};
 use x86::irq::{EXCEPTIONS, PAGE_FAULT_VECTOR, PageFaultError};
 
 use super::super::machine::{Command, Exit, MachineError, PAGE, Registers, Report, Vcpu};
+use super::autopsy::{self, LastSeen};
 use super::door::{self, Door, Enter, Leave, Return};
 use super::flush::HostPaging;
 use super::stub::{self, PORT_DONE, PORT_EXCEPTION, Segment};
@@ -105,16 +106,33 @@ impl KvmVcpu {
 
     /// One KVM_RUN.
     fn enter_guest(&mut self) -> Outcome {
+        let state = self.fd.sync_regs_mut();
+        let (rip, rsp, cr2) = (state.regs.rip, state.regs.rsp, state.sregs.cr2);
         match self.fd.run() {
-            Ok(VcpuExit::IoOut(port, _)) => Outcome::Port(port),
-            Ok(VcpuExit::Shutdown) => Outcome::Other(
-                "triple fault; do the tables map the pinned pages, writable and executable?"
-                    .to_owned(),
-            ),
-            Ok(exit) => Outcome::Other(format!("{exit:?}")),
-            Err(error) if error.errno() == libc::EINTR => Outcome::Interrupted,
-            Err(error) => Outcome::Other(format!("KVM_RUN: {error}")),
+            Ok(VcpuExit::IoOut(port, _)) => return Outcome::Port(port),
+            Ok(VcpuExit::Shutdown) => {}
+            Ok(exit) => return Outcome::Other(format!("{exit:?}")),
+            Err(error) if error.errno() == libc::EINTR => return Outcome::Interrupted,
+            Err(error) => return Outcome::Other(format!("KVM_RUN: {error}")),
         }
+        Outcome::Other(self.triple_fault(&LastSeen { rip, rsp, cr2 }))
+    }
+
+    /// All that is known of a triple fault.
+    fn triple_fault(&self, last: &LastSeen) -> String {
+        let events = match self.fd.get_vcpu_events() {
+            Ok(events) => autopsy::events(&events),
+            Err(error) => format!("KVM_GET_VCPU_EVENTS: {error}"),
+        };
+        let mut text = format!(
+            "triple fault; do the tables map the pinned pages, writable and executable? {events}; \
+             {last}"
+        );
+        if let Some(root) = self.root {
+            let walks = autopsy::walks(&self.shared.memory, root, self.id, last);
+            text.push_str(&format!("; {walks}; KVM's registers, perhaps reset"));
+        }
+        text
     }
 
     /// One KVM_RUN, when the door lets us; for who takes no notice of kicks.

@@ -166,7 +166,7 @@ pub(crate) const MACHINES: [Machine; 11] = [
         suites: None,
         without: None,
         scenarios: SCENARIOS,
-        aside: Some("under QEMU 7.2 a vCPU sometimes ends in a triple fault, and why is not known"),
+        aside: Some("QEMU 7.2 on a busy host sometimes exits twice and spoils a guest's VMCB"),
     },
     // Bochs' CPUs take turns: a second one would make Linux slower and nothing more true.
     Machine {
