@@ -15,7 +15,7 @@ use super::vm::ShadowVm;
 use crate::host::BareHost;
 use crate::machine::memory::PAGE;
 use crate::trouble::Trouble;
-use crate::virt::{Exit, LocalFlush, Root, Vcpu, VcpuSetup, Virt};
+use crate::virt::{Exit, Root, Vcpu, VcpuSetup, Virt};
 
 /// See the file's head.
 pub struct Seat<V: Virt, F: SpteFormat> {
