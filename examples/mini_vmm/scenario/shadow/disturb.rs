@@ -3,10 +3,12 @@
 //!
 //! What takes entries away happens between two exits: the stub by which a vCPU of /dev/kvm leaves
 //! its guest is mapped by the same tables, and must be when an exception comes. Aging takes nothing
-//! away and has a thread of its own, which takes no lock either.
+//! away and has a thread of its own, which takes no lock either. It begins a pass when the guest
+//! has exited again, and no sooner: on /dev/kvm a flush costs the guest what it had mapped, and one
+//! after the other they would leave it no time to do anything.
 
 use std::sync::Arc;
-use std::sync::mpsc::{self, Sender, TryRecvError};
+use std::sync::mpsc::{self, SyncSender};
 use std::thread::JoinHandle;
 
 use mmu_core::addr::{Gfn, GfnRange};
@@ -47,22 +49,22 @@ pub struct Disturbance {
     random: Random,
     pages: u64,
     done: Disturbed,
-    ager: Option<(Sender<()>, JoinHandle<u64>)>,
+    /// Told of exits; ends when nobody can tell it any more.
+    ager: Option<(SyncSender<()>, JoinHandle<u64>)>,
 }
 
 impl Disturbance {
     /// Begin to disturb a guest of `pages` pages.
     pub fn begin(mmu: &Mmu, seed: u64, pages: u64) -> Result<Self, Error> {
-        let (stop, stopped) = mpsc::channel();
+        let (exits, exited) = mpsc::sync_channel(1);
         let aged = Arc::clone(mmu);
         let mut actor = mmu.vm().actor()?;
         let ager = std::thread::spawn(move || {
             let memory = GfnRange::from_len(Gfn::new(DATA_GFN), pages);
             let mut young = 0;
-            while stopped.try_recv() == Err(TryRecvError::Empty) {
+            while exited.recv().is_ok() {
                 let request = AgeRequest::new(memory, AgeMode::ClearFlush);
                 young += aged.age(&mut actor, request, &mut CountOnly).young;
-                std::thread::yield_now();
             }
             young
         });
@@ -72,12 +74,16 @@ impl Disturbance {
             random: Random::new(seed),
             pages,
             done: Disturbed::default(),
-            ager: Some((stop, ager)),
+            ager: Some((exits, ager)),
         })
     }
 
     /// After an exit.
     pub fn act(&mut self, lock: &Lock) {
+        if let Some((exits, _)) = &self.ager {
+            // Full: it is still busy with an earlier one.
+            let _ = exits.try_send(());
+        }
         if !self.random.chance(1, SELDOM) {
             return;
         }
@@ -112,8 +118,8 @@ impl Disturbance {
     /// Leave the guest alone from now on; what was done.
     pub fn end(mut self) -> Result<Disturbed, Error> {
         let mut done = self.done;
-        if let Some((stop, ager)) = self.ager.take() {
-            drop(stop);
+        if let Some((exits, ager)) = self.ager.take() {
+            drop(exits);
             done.aged = ager.join().map_err(|_| "the thread that ages panicked")?;
         }
         Ok(done)
