@@ -68,9 +68,11 @@ impl<F: SpteFormat, H: Host> ShadowVcpu<F, H> {
     /// [`FaultOutcome::Retry`]: something changed meanwhile; walk again.
     /// [`FaultOutcome::WriteProtected`]: the guest writes to a table of its own that has a shadow:
     /// emulate the write and report it ([`ShadowWriter::guest_wrote`]).
+    /// [`FaultOutcome::RingFull`]: collect and reset the thread's ring first.
     ///
     /// # Errors
-    /// [`ShadowError`]; no entry was changed.
+    /// [`ShadowError`]; no entry was changed. [`ShadowError::Unwatched`] is the exception: the
+    /// shadow of the table that could not be watched was given up, so nothing is wider than before.
     pub fn fault<M, L>(
         &mut self,
         lock: &L,
